@@ -1,0 +1,139 @@
+"""What crosses the borders between the stages of a step, and nothing else.
+
+    Prompt --rollout--> Rollout --rewards--> scored Rollout --advantages--> --packing--> PackedBatch --policy--> hidden
+
+Stages never import one another; they meet here. Only torch and the standard library are imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Message = dict[str, Any]
+"""One chat message: `{"role": ..., "content": ...}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of the data set, ready to be sampled from.
+
+    index:     the row's number in the data set, after filtering; stable from run to run.
+    content:   what the user wrote, a string or chat messages; the rewards see this.
+    token_ids: the tokens the model sees, chat template applied; never empty.
+    columns:   all other columns of the row, passed to the rewards by keyword.
+    """
+
+    index: int
+    content: str | list[Message]
+    token_ids: list[int]
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One sampled completion. The engine fills the first part; rewards and advantages the second.
+
+    group:             which prompt of the rollout batch it answers; the unit of normalisation.
+    token_ids:         the L sampled tokens, the end-of-sequence token included when one was sampled.
+    sampling_logprob:  [L] fp32 on the CPU, log-probabilities under the distribution that was sampled from
+                       (temperature applied); NaN where the engine did not report one.
+    finished:          it ended by itself (end of sequence or stop), not by the length limit.
+    text:              the decoded completion, without special tokens.
+
+    rewards:           by function name; NaN = that function failed on this sample.
+    reward:            weighted sum; NaN = the sample failed, it leaves every statistic and does not train.
+    advantage:         0 for a failed sample.
+    old_logprob:       [L] fp32 on the CPU under the policy that started the update; None = on-policy.
+    ref_logprob:       [L] fp32 on the CPU under the reference model; None = no KL term.
+    """
+
+    prompt: Prompt
+    group: int
+    token_ids: list[int]
+    sampling_logprob: Tensor
+    finished: bool
+    text: str = ""
+
+    rewards: dict[str, float] = field(default_factory=dict)
+    reward: float = float("nan")
+    advantage: float = 0.0
+    old_logprob: Tensor | None = None
+    ref_logprob: Tensor | None = None
+
+    @property
+    def failed(self) -> bool:
+        """No valid reward: out of the statistics and the denominators."""
+        return self.reward != self.reward
+
+    @property
+    def num_tokens(self) -> int:
+        """L, the completion's length in tokens."""
+        return len(self.token_ids)
+
+    @property
+    def completion(self) -> str | list[Message]:
+        """What the rewards see: the text, or one assistant message when the prompt was a chat."""
+        if isinstance(self.prompt.content, str):
+            return self.text
+        return [{"role": "assistant", "content": self.text}]
+
+
+@dataclass(slots=True)
+class PackedBatch:
+    """One micro-batch: T tokens in one row without padding, N of them scored, S completions.
+
+    input_ids:        [T] int64, sequence after sequence (prompt, then completion).
+    position_ids:     [T] int64, restarting at every sequence.
+    lengths:          the sequences' lengths in tokens, on the host; they sum to T and tell attention where to stop.
+    predictor_index:  [N] int64, the row whose hidden state predicts each scored token.
+    target:           [N] int64, the scored tokens.
+    cu_seqlens:       [S+1] int32, completion s owns rows cu_seqlens[s]:cu_seqlens[s+1] of the N.
+    advantage:        [S] fp32.
+    old_logprob, ref_logprob, sampling_logprob: [N] fp32 or None.
+    members:          position of each completion in the list that was packed.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    lengths: tuple[int, ...]
+    predictor_index: Tensor
+    target: Tensor
+    cu_seqlens: Tensor
+    advantage: Tensor
+    old_logprob: Tensor | None
+    ref_logprob: Tensor | None
+    sampling_logprob: Tensor | None
+    members: tuple[int, ...]
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch with every tensor on `device`."""
+        moved = {name: getattr(self, name) for name in self.__slots__}
+        return PackedBatch(
+            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()}
+        )
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Everything small that decides the future of a run; the checkpoint holds it beside weights and optimizer.
+
+    step:            optimizer steps done.
+    prompts_drawn:   prompts taken from the data order so far (position in the endless shuffled stream).
+    batches_done:    rollout batches begun so far; seeds the sampler of the next one.
+    skipped_in_row:  steps in a row skipped for a non-finite gradient.
+    skipped_steps:   the same, in total.
+    num_tokens:      tokens seen in total (prompts and completions).
+    best:            figures kept for the summary, such as accuracy_before.
+    """
+
+    step: int = 0
+    prompts_drawn: int = 0
+    batches_done: int = 0
+    skipped_in_row: int = 0
+    skipped_steps: int = 0
+    num_tokens: int = 0
+    summary: dict[str, Any] = field(default_factory=dict)

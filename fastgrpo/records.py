@@ -83,6 +83,31 @@ class Rollout:
 
 
 @dataclass(slots=True)
+class RolloutBatch:
+    """The scored rollouts of one collection, and how many optimizer steps they have served.
+
+    metrics: its own figures (reward, lengths, ...), repeated on the line of every step it serves.
+    used:    steps done with it, up to num_iterations * num_minibatches.
+    """
+
+    rollouts: list[Rollout]
+    metrics: dict[str, float]
+    used: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Denominators:
+    """What the losses of one optimizer step are divided by, whatever the micro-batches.
+
+    num_sequences: valid samples, those of truncated completions included.
+    num_tokens:    their tokens that train.
+    """
+
+    num_sequences: int
+    num_tokens: int
+
+
+@dataclass(slots=True)
 class PackedBatch:
     """One micro-batch: T tokens in one row without padding, N of them scored, S completions.
 
@@ -117,9 +142,27 @@ class PackedBatch:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class LMHead:
+    """logits = softcap(logit_scale * (hidden @ weight.T + bias)), with softcap(x) = cap * tanh(x / cap).
+
+    weight [V, D], bias [V] or None; logit_scale 1 and softcap None for most models (Cohere and Granite scale, Gemma caps).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V]: the plain formula, for the self-check only."""
+        z = self.logit_scale * torch.nn.functional.linear(hidden, self.weight, self.bias)
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
 @dataclass(slots=True)
 class TrainState:
-    """Everything small that decides the future of a run; the checkpoint holds it beside weights and optimizer.
+    """The counters that decide the future of a run; the checkpoint holds them beside weights and optimizer.
 
     step:            optimizer steps done.
     prompts_drawn:   prompts taken from the data order so far (position in the endless shuffled stream).
@@ -127,7 +170,8 @@ class TrainState:
     skipped_in_row:  steps in a row skipped for a non-finite gradient.
     skipped_steps:   the same, in total.
     num_tokens:      tokens seen in total (prompts and completions).
-    best:            figures kept for the summary, such as accuracy_before.
+    too_long:        rows of the data set found too long to be prompts.
+    summary:         figures kept for the run's summary, such as accuracy_before.
     """
 
     step: int = 0
@@ -136,4 +180,21 @@ class TrainState:
     skipped_in_row: int = 0
     skipped_steps: int = 0
     num_tokens: int = 0
+    too_long: list[int] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are drawn.
+
+    max_tokens:     longest completion.
+    temperature:    logits are divided by it.
+    seed:           the same seed, prompts and weights give the same completions.
+    stop_token_ids: tokens that end a completion, beside the tokenizer's and model's end-of-sequence tokens.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()

@@ -1,0 +1,32 @@
+"""Reward functions, and the runner that survives them.
+
+Names are imported on first use: the process that checks mathematics imports this package and must start fast.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastgrpo.rewards.registry import RewardDefaults, resolve, resolve_all
+    from fastgrpo.rewards.runner import AllRewardsFailed, RewardFunction, RewardReport, RewardRunner
+
+__all__ = [
+    "AllRewardsFailed",
+    "RewardDefaults",
+    "RewardFunction",
+    "RewardReport",
+    "RewardRunner",
+    "resolve",
+    "resolve_all",
+]
+
+_REGISTRY = {"RewardDefaults", "resolve", "resolve_all"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{'registry' if name in _REGISTRY else 'runner'}"), name)

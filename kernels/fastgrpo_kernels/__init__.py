@@ -1,0 +1,27 @@
+"""Fused losses for GRPO-style training of language models: torch (and triton) only, usable from any trainer.
+
+Every op takes packed tensors: N completion tokens without padding, S sequences bounded by `cu_seqlens`.
+"""
+
+from .gae.op import gae
+from .group_advantages.op import GroupRewards, group_advantages
+from .grpo_loss.config import LossConfig
+from .grpo_loss.op import grpo_loss
+from .grpo_loss.output import LossOutput
+from .layout import PackedLayout
+from .linear_grpo_loss.op import linear_grpo_loss
+from .linear_logprob.op import linear_logprob
+from .token_logprob.op import token_logprob
+
+__all__ = [
+    "GroupRewards",
+    "LossConfig",
+    "LossOutput",
+    "PackedLayout",
+    "gae",
+    "group_advantages",
+    "grpo_loss",
+    "linear_grpo_loss",
+    "linear_logprob",
+    "token_logprob",
+]

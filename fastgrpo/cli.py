@@ -1,0 +1,175 @@
+"""The command `fastgrpo`: train, eval, report, doctor.
+
+Options are read and checked before torch is imported. Every expected error is one line on stderr and exit code 2;
+`FASTGRPO_TRACEBACK=1` shows where it came from. A run stopped by a signal, its state saved, exits with 128 + signal.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastgrpo.config import ConfigError, RunConfig, nearest
+from fastgrpo.errors import RunError
+from fastgrpo.options import GROUPS, TaskOptions
+
+_USAGE = """usage: fastgrpo COMMAND ...
+
+  fastgrpo train CONFIG.yaml [--option value ...]   train; the same command again goes on where the run stopped
+  fastgrpo eval CONFIG.yaml [--option value ...]    sample and score the evaluation prompts, print the figures
+  fastgrpo report RUN_DIR                           (re)make RUN_DIR/report.html
+  fastgrpo doctor                                   what this machine offers, and what is missing
+
+fastgrpo COMMAND --help tells more; train --help lists every option."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from fastgrpo import __version__
+
+        print(f"fastgrpo {__version__}")
+        return 0
+    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "report": _report, "doctor": _doctor}
+    if argv[0] not in commands:
+        print(f"fastgrpo: error: unknown command {argv[0]!r}{nearest(argv[0], list(commands))}", file=sys.stderr)
+        return 2
+    try:
+        return commands[argv[0]](argv[1:])
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if os.environ.get("FASTGRPO_TRACEBACK") or not _expected(error):
+            raise
+        print(f"fastgrpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _train(argv: list[str]) -> int:
+    started = time.perf_counter()
+    config, resume = _read_command(argv, "train")
+    trainer = _make_trainer(config)
+    trainer.started = started
+    from fastgrpo.signals import StopRequested
+
+    try:
+        trainer.train(resume=resume)
+    except StopRequested as stop:
+        return stop.exit_code
+    return 0
+
+
+def _eval(argv: list[str]) -> int:
+    import json
+
+    config, _ = _read_command(argv, "eval")
+    metrics = _make_trainer(config).evaluate()
+    print(json.dumps({name: value if value == value else None for name, value in metrics.items()}, indent=2))
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    if len(argv) != 1 or argv[0].startswith("-"):
+        print("usage: fastgrpo report RUN_DIR\n\nMake RUN_DIR/report.html from what the run has written so far.")
+        return 0 if argv in (["-h"], ["--help"]) else 2
+    if not Path(argv[0]).is_dir():
+        raise ConfigError(f"no such run directory: {argv[0]}")
+    from fastgrpo.report import build_report
+
+    print(build_report(argv[0]))
+    return 0
+
+
+def _doctor(argv: list[str]) -> int:
+    from fastgrpo.doctor import describe_machine
+
+    print(describe_machine())
+    return 0
+
+
+def _make_trainer(config: RunConfig) -> Any:
+    from fastgrpo.trainer import GRPOTrainer
+
+    return GRPOTrainer(
+        model=config.model,
+        reward_funcs=config.reward_funcs,
+        args=config.grpo_config(),
+        train_dataset=config.train_dataset,
+        eval_dataset=config.eval_dataset,
+        processing_class=config.processing_class,
+    )
+
+
+def _read_command(argv: list[str], command: str) -> tuple[RunConfig, str]:
+    """CONFIG.yaml and overrides -> (every option, resume). The config's folder can be imported from."""
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(
+        prog=f"fastgrpo {command}",
+        usage=f"fastgrpo {command} CONFIG.yaml [--option value ...]",
+        description="CONFIG.yaml holds any of the options below; those of the command line win.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help=jsonargparse.SUPPRESS)
+    parser.add_argument(
+        "--resume",
+        type=str,
+        default="auto",
+        help='"auto": go on from the newest checkpoint in output_dir; "never"; or a checkpoint\'s path.',
+    )
+    for group in (TaskOptions, *GROUPS):
+        parser.add_class_arguments(group)
+    known = [a.dest for a in parser._actions if a.dest not in ("help", "config", "print_config")]
+    if argv and not argv[0].startswith("-"):
+        _check_file(argv[0], known)
+        sys.path.insert(0, str(Path(argv[0]).resolve().parent))
+        argv = ["--config", *argv]
+    _check_spelling(argv, known)
+    try:
+        options = parser.parse_args(argv).as_dict()
+    except jsonargparse.ArgumentError as error:
+        raise ConfigError(_one_line(error)) from error
+    resume = options.pop("resume")
+    options.pop("config")
+    return RunConfig(**options), resume
+
+
+def _check_file(path: str, known: list[str]) -> None:
+    import yaml
+
+    try:
+        contents = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {_one_line(error)}") from error
+    if not isinstance(contents, dict):
+        raise ConfigError(f"{path} must hold options as 'name: value' lines")
+    for name in contents:
+        if name not in known:
+            raise ConfigError(f"{path}: unknown option {name!r}{nearest(str(name), known)}")
+
+
+def _check_spelling(argv: list[str], known: list[str]) -> None:
+    for word in argv:
+        if word.startswith("--") and word not in ("--help", "--config"):
+            name = word[2:].split("=")[0].split(".")[0].rstrip("+")
+            if name not in known and not name.startswith("print_config"):
+                raise ConfigError(f"unknown option --{name}{nearest(name, known)}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).replace("Parser key", "option").split())
+
+
+def _expected(error: Exception) -> bool:
+    """Errors that are the user's or the machine's, told in one line; anything else is ours and keeps its traceback."""
+    return isinstance(error, (ValueError, OSError, ImportError, RunError))

@@ -1,0 +1,193 @@
+"""GRPOConfig: every option of a run in one validated record, and the file it is kept in.
+
+Nothing here loads torch: a wrong option is reported before anything heavy starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from fastgrpo.options import (
+    AdvantageOptions,
+    DataOptions,
+    EvalOptions,
+    LossOptions,
+    ModelOptions,
+    RewardOptions,
+    RolloutOptions,
+    RunOptions,
+    SaveOptions,
+    TaskOptions,
+    UpdateOptions,
+)
+
+if TYPE_CHECKING:
+    from fastgrpo_kernels import LossConfig
+
+# Options that may differ when a run goes on: they change neither data, samples nor gradients of the steps to come.
+FREE_ON_RESUME = frozenset(
+    """allow_config_change overwrite_output_dir output_dir run_name report_to log_completions disable_progress max_steps
+    num_train_epochs num_threads eval_steps eval_on_start eval_on_end save_steps save_total_limit reward_timeout
+    max_skipped_steps""".split()
+)
+
+_POSITIVE = """num_prompts_per_step num_generations max_completion_length temperature rollout_batch_size
+    dynamic_sampling_max_rounds reward_timeout num_iterations num_minibatches max_tokens_per_microbatch adam_epsilon
+    max_skipped_steps eval_num_generations lora_r lora_alpha ref_model_sync_steps sapo_temperature_pos
+    sapo_temperature_neg num_train_epochs sampling_clip_max num_threads max_prompt_length eval_max_prompts
+    eval_temperature eval_max_completion_length save_total_limit delta""".split()
+_NOT_NEGATIVE = """seed learning_rate warmup_steps weight_decay max_grad_norm eval_steps save_steps beta
+    epsilon epsilon_high sampling_clip_min""".split()
+_SHARES = "adam_beta1 adam_beta2 min_lr_ratio ref_model_mixup_alpha lora_dropout".split()
+
+
+class ConfigError(ValueError):
+    """An option is unknown, of the wrong type, out of range, or does not fit another. One line, names the option."""
+
+
+@dataclass(kw_only=True)
+class GRPOConfig(
+    SaveOptions,
+    EvalOptions,
+    UpdateOptions,
+    LossOptions,
+    AdvantageOptions,
+    RewardOptions,
+    RolloutOptions,
+    DataOptions,
+    ModelOptions,
+    RunOptions,
+):
+    """All options of a run; see `fastgrpo.options` for each. Raises `ConfigError` on construction when one is wrong."""
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every option alone and those that must fit each other."""
+        for option in fields(self):
+            _check_type(self, option.name)
+        for name in _POSITIVE:
+            _require(self, name, lambda v: v > 0, "greater than 0")
+        for name in _NOT_NEGATIVE:
+            _require(self, name, lambda v: v >= 0, "0 or more")
+        for name in _SHARES:
+            _require(self, name, lambda v: 0 <= v <= 1, "between 0 and 1")
+        _require(self, "top_entropy_quantile", lambda v: 0 < v <= 1, "above 0 and at most 1")
+        _require(self, "max_steps", lambda v: v == -1 or v > 0, "-1 or greater than 0")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.advantage_baseline != "none" and self.num_generations < 2:
+            raise ConfigError(
+                f"num_generations={self.num_generations}: a group needs 2 or more for advantage_baseline={self.advantage_baseline}"
+            )
+        if self.advantage_baseline == "none" and self.scale_rewards == "group":
+            raise ConfigError('scale_rewards=group needs a baseline; with advantage_baseline=none use "batch" or "none"')
+        if self.num_prompts_per_step % self.num_minibatches:
+            raise ConfigError(
+                f"num_minibatches={self.num_minibatches} must divide num_prompts_per_step={self.num_prompts_per_step}"
+            )
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise ConfigError("epsilon_high must be given for loss_type=cispo (the cap of the ratio, such as 5.0)")
+        if self.loss_type == "vespo" and self.sampling_correction.startswith("sequence"):
+            raise ConfigError("sampling_correction must be none or a token mode for loss_type=vespo")
+        if self.sync_ref_model and self.beta == 0:
+            raise ConfigError("sync_ref_model needs a reference model: set beta above 0")
+        if self.sync_ref_model and self.use_peft:
+            raise ConfigError("sync_ref_model and use_peft exclude each other: the reference is the model without adapters")
+        if self.sampling_clip_min is not None and self.sampling_clip_min > self.sampling_clip_max:
+            raise ConfigError(
+                f"sampling_clip_min={self.sampling_clip_min} is above sampling_clip_max={self.sampling_clip_max}"
+            )
+
+    def loss_config(self) -> LossConfig:
+        """The options the loss ops need, as the record `fastgrpo_kernels` takes."""
+        from fastgrpo_kernels import LossConfig
+
+        return LossConfig(**{f.name: getattr(self, f.name) for f in fields(LossConfig)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, in the order of the groups."""
+        return asdict(self)
+
+    @property
+    def samples_per_batch(self) -> int:
+        """Completions in a rollout batch."""
+        return self.num_prompts_per_step * self.num_generations
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps each rollout batch is used for."""
+        return self.num_iterations * self.num_minibatches
+
+
+@dataclass(kw_only=True)
+class RunConfig(GRPOConfig, TaskOptions):
+    """What the command line reads: the task (model, data, rewards) and every option of the trainer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("model", "train_dataset", "reward_funcs"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is required: set it in the config file or with --{name}")
+
+    def grpo_config(self) -> GRPOConfig:
+        """The trainer's part."""
+        return GRPOConfig(**{f.name: getattr(self, f.name) for f in fields(GRPOConfig)})
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`", did you mean X?"` for a misspelt name, or nothing when none is near."""
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f", did you mean {match[0]!r}?" if match else ""
+
+
+def decisive_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The options, as `name: old -> new`, that differ and would change the course of a run that goes on."""
+    names = [n for n in {**old, **new} if n not in FREE_ON_RESUME]
+    return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
+
+
+def _require(config: GRPOConfig, name: str, test: Any, expected: str) -> None:
+    value = getattr(config, name)
+    if value is not None and not test(value):
+        raise ConfigError(f"{name}={value!r} must be {expected}")
+
+
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
+def _check_type(config: GRPOConfig, name: str) -> None:
+    hints = _HINTS.setdefault(type(config), get_type_hints(type(config)))
+    value = getattr(config, name)
+    if not _matches(value, hints[name]):
+        text = getattr(hints[name], "__name__", None) if isinstance(hints[name], type) else None
+        raise ConfigError(f"{name}={value!r} must be of type {text or str(hints[name]).replace('typing.', '')}")
+    if isinstance(value, int) and not isinstance(value, bool) and hints[name] is float:
+        setattr(config, name, float(value))
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Does a plain value fit the annotation? Covers what the options use: scalars, Literal, unions, list and dict."""
+    origin = getattr(hint, "__origin__", None)
+    args = get_args(hint)
+    if hint is Any:
+        return True
+    if hint is type(None) or hint is None:
+        return value is None
+    if origin is list:
+        return isinstance(value, list) and all(_matches(v, args[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_matches(k, args[0]) and _matches(v, args[1]) for k, v in value.items())
+    if args and not isinstance(hint, type) and all(isinstance(a, str) for a in args):
+        return isinstance(value, str) and value in args
+    if args:
+        return any(_matches(value, a) for a in args)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

@@ -1,0 +1,50 @@
+"""`fastgrpo doctor`: what this machine offers, and what each missing piece would bring."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+
+# Optional package -> (what it brings, how to get it).
+_OPTIONAL = {
+    "peft": ("LoRA adapters (use_peft)", "pip install 'fastgrpo[peft]'"),
+    "math-verify": ("the reward 'math'", "pip install 'fastgrpo[math]'"),
+    "wandb": ("Weights & Biases (report_to)", "pip install 'fastgrpo[wandb]'"),
+}
+_REQUIRED = ("torch", "triton", "transformers", "datasets", "jsonargparse", "safetensors", "tensorboard", "rich")
+
+
+def describe_machine() -> str:
+    """A few lines for people."""
+    lines = [f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPU cores"]
+    lines += ["", "packages"]
+    lines += [f"  {name:<14}{_version(name) or 'MISSING: reinstall fastgrpo'}" for name in _REQUIRED]
+    for name, (brings, command) in _OPTIONAL.items():
+        lines.append(f"  {name:<14}{_version(name) or f'not installed; brings {brings}: {command}'}")
+    return "\n".join([*lines, "", *_devices()])
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[str]:
+    import torch
+
+    lines = ["devices", f"  cpu           {torch.get_num_threads()} threads, {sys.byteorder} endian, dtype float32 by default"]
+    if not torch.cuda.is_available():
+        return [*lines, "  gpu           none found: everything runs on the CPU, for small models only"]
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        lines.append(
+            f"  cuda:{i}        {properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability "
+            f"{properties.major}.{properties.minor}, dtype bfloat16 by default"
+        )
+    if torch.cuda.device_count() > 1:
+        lines.append("                one of them is used: several GPUs are not supported yet")
+    return lines

@@ -1,0 +1,53 @@
+"""Held-out prompts, sampled and scored: mean reward, accuracy, avg@k, pass@k."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from fastgrpo.config import GRPOConfig
+from fastgrpo.records import Prompt, Rollout, Sampling
+from fastgrpo.rewards import RewardRunner
+from fastgrpo.rollout import Engine
+from fastgrpo.seeding import derive_seed
+
+
+def evaluate(
+    prompts: list[Prompt], engine: Engine, rewards: RewardRunner, config: GRPOConfig, trainer_state: Any
+) -> tuple[dict[str, float], list[Rollout]]:
+    """Sample `eval_num_generations` completions per prompt and score them.
+
+    The same sampling seed every time: two evaluations differ by the weights alone. Failed samples leave every figure
+    and are counted in `eval/failed`.
+    """
+    sampling = Sampling(
+        max_tokens=config.eval_max_completion_length or config.max_completion_length,
+        temperature=config.eval_temperature or config.temperature,
+        seed=derive_seed(config.seed, "eval"),
+        stop_token_ids=tuple(config.stop_token_ids),
+    )
+    rollouts = engine.generate(prompts, config.eval_num_generations, sampling)
+    rewards.score(rollouts, trainer_state=trainer_state)
+    return eval_metrics(rollouts, config.eval_num_generations, config.eval_pass_threshold), rollouts
+
+
+def eval_metrics(rollouts: list[Rollout], k: int, threshold: float) -> dict[str, float]:
+    """`eval/reward`, `eval/accuracy` (share of samples that pass), and per prompt `eval/avg@k` and `eval/pass@k`."""
+    by_prompt: dict[int, list[bool]] = {}
+    for r in rollouts:
+        if not r.failed:
+            by_prompt.setdefault(r.group, []).append(r.reward >= threshold)
+    valid = [r.reward for r in rollouts if not r.failed]
+    passed = [p for group in by_prompt.values() for p in group]
+    metrics = {
+        "eval/reward": statistics.fmean(valid) if valid else math.nan,
+        "eval/accuracy": statistics.fmean(passed) if passed else math.nan,
+        "eval/mean_length": statistics.fmean(r.num_tokens for r in rollouts),
+        "eval/failed": float(sum(r.failed for r in rollouts)),
+    }
+    if k > 1:
+        groups = by_prompt.values()
+        metrics[f"eval/avg@{k}"] = statistics.fmean(statistics.fmean(g) for g in groups) if groups else math.nan
+        metrics[f"eval/pass@{k}"] = statistics.fmean(any(g) for g in groups) if groups else math.nan
+    return metrics

@@ -1,0 +1,1 @@
+"""fastgrpo and other packages' worlds; each module imports its host when it is used."""

@@ -1,0 +1,49 @@
+"""transformers' `TrainerCallback`s on a fastgrpo run, and the `TrainerState` that rewards see.
+
+Events: train begin and end, step begin and end, log, evaluate, save. Of `TrainerControl`, `should_training_stop`,
+`should_evaluate` and `should_save` are obeyed. Events of the inside of a step (gradients, substeps) do not exist here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Callbacks:
+    """Calls the user's callbacks, in order, as transformers' Trainer does."""
+
+    def __init__(self, callbacks: list[Any], args: Any, policy: Any, optimizer: Any) -> None:
+        from transformers import TrainerControl, TrainerState
+
+        self.control = TrainerControl()
+        self.state = TrainerState(is_local_process_zero=True, is_world_process_zero=True)
+        self._args = args
+        self._callbacks = [c() if isinstance(c, type) else c for c in callbacks]
+        self._given = {"model": policy.model, "processing_class": policy.tokenizer, "optimizer": optimizer}
+
+    def at(self, step: int, max_steps: int, num_tokens: int) -> Any:
+        """Bring the state up to date; returns it."""
+        self.state.global_step = step
+        self.state.max_steps = max_steps
+        self.state.num_input_tokens_seen = num_tokens
+        return self.state
+
+    def fire(self, event: str, **details: Any) -> None:
+        """Call `event` (such as "on_step_end") on every callback. What one raises goes through."""
+        for callback in self._callbacks:
+            handler = getattr(callback, event, None)
+            if handler is not None:
+                result = handler(self._args, self.state, self.control, **self._given, **details)
+                if result is not None:
+                    self.control = result
+
+    def take(self, wish: str) -> bool:
+        """Has a callback set `should_evaluate` or `should_save`? The wish is granted once."""
+        wanted = bool(getattr(self.control, wish))
+        setattr(self.control, wish, False)
+        return wanted
+
+    @property
+    def stop(self) -> bool:
+        """A callback wants the run to end after this step."""
+        return bool(self.control.should_training_stop)

@@ -1,0 +1,101 @@
+"""AdamW with fp32 master weights, clipping, the learning-rate schedule, and steps that a non-finite gradient skips."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrpo.config import GRPOConfig
+
+
+def learning_rate(step: int, total_steps: int, config: GRPOConfig) -> float:
+    """The rate of optimizer step `step` (the first is 1): a function of the step alone, so there is nothing to resume."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    if config.lr_scheduler_type == "constant":
+        return config.learning_rate
+    done = (step - 1 - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    done = min(done, 1.0)
+    falling = 1 - done if config.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * falling)
+
+
+class Optimizer:
+    """One `backward` after another adds up; `step` applies the sum.
+
+    named_parameters: (name, parameter) of what trains. 16-bit parameters get an fp32 master copy when `master_weights`;
+    each backward's gradient is added to an fp32 sum and freed at once.
+    """
+
+    def __init__(self, named_parameters: list[tuple[str, torch.nn.Parameter]], config: GRPOConfig) -> None:
+        if not named_parameters:
+            raise ValueError("nothing to train: no parameter of the model requires a gradient")
+        self._max_norm = config.max_grad_norm
+        self._pairs: list[tuple[Tensor, Tensor]] = []  # (model's parameter, fp32 master)
+        # Matrices first: weight decay is theirs alone.
+        named_parameters = sorted(named_parameters, key=lambda item: item[1].ndim < 2)
+        self.names = [name for name, _ in named_parameters]
+        self._masters = [self._master(p, config.master_weights) for _, p in named_parameters]
+        matrices = [p for p in self._masters if p.ndim >= 2]
+        vectors = [p for p in self._masters if p.ndim < 2]
+        self.torch_optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            fused=True,
+        )
+        self.zero_grad()
+
+    def _master(self, parameter: torch.nn.Parameter, wanted: bool) -> Tensor:
+        if parameter.dtype not in (torch.bfloat16, torch.float16) or not wanted:
+            return parameter
+        master = parameter.detach().float().clone()
+        self._pairs.append((parameter, master))
+
+        def accumulate(p: Tensor) -> None:
+            assert master.grad is not None and p.grad is not None
+            master.grad += p.grad
+            p.grad = None
+
+        parameter.register_post_accumulate_grad_hook(accumulate)
+        return master
+
+    def zero_grad(self) -> None:
+        """Gradients are zeros, not None: a step whose every sequence was skipped is the step it would have been."""
+        for p in self._masters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            else:
+                p.grad.zero_()
+
+    @torch.no_grad()
+    def step(self, rate: float) -> tuple[float, bool]:
+        """Clip and apply; returns (gradient norm before clipping, applied). A non-finite norm changes nothing."""
+        gradients = [p.grad for p in self._masters if p.grad is not None]
+        norm_tensor = torch.nn.utils.get_total_norm(gradients)
+        norm = norm_tensor.item()
+        applied = math.isfinite(norm)
+        if applied:
+            if self._max_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(self._masters, self._max_norm, norm_tensor)
+            for group in self.torch_optimizer.param_groups:
+                group["lr"] = rate
+            self.torch_optimizer.step()
+            for parameter, master in self._pairs:
+                parameter.copy_(master)
+        self.zero_grad()
+        return norm, applied
+
+    def masters(self) -> dict[str, Tensor]:
+        """The fp32 weights that the model's own do not already hold, by place; empty for an fp32 model."""
+        return {f"master.{i}": master for i, (_, master) in enumerate(self._pairs)}
+
+    @torch.no_grad()
+    def load_masters(self, tensors: dict[str, Any]) -> None:
+        """Take what `masters` gave. The model's own weights were loaded before."""
+        for name, master in self.masters().items():
+            master.copy_(tensors[name])

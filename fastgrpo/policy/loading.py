@@ -1,0 +1,149 @@
+"""From a name, a folder, a factory or a loaded model to a `Policy` on its device."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgrpo.config import GRPOConfig
+from fastgrpo.importing import import_object
+from fastgrpo.policy.attention import register
+from fastgrpo.policy.policy import Policy
+
+
+def load_policy(model: Any, processing_class: Any, config: GRPOConfig, peft_config: Any = None) -> Policy:
+    """Load, place and check the policy.
+
+    model: hub name, local folder, "module:function" factory, or a loaded `PreTrainedModel`.
+    processing_class: the tokenizer, or where to find it; None = the model's own.
+    peft_config: a PEFT config; default: LoRA from the options when `use_peft`.
+    Raises ValueError, in one line, for what is not a model, a tokenizer of another vocabulary, or a model that cannot
+    be packed.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # it would write into ours, at every checkpoint
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    model, own_tokenizer = _resolve_factory(model, config.seed)
+    source = model
+    if isinstance(model, str):
+        model = _from_pretrained(model, config, dtype)
+    if not hasattr(model, "get_decoder"):
+        raise ValueError(f"model must be a causal language model of transformers, got {type(model).__name__}")
+    tokenizer = _load_tokenizer(processing_class or own_tokenizer or source, model, config)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise ValueError(
+            f"vocabulary mismatch: the tokenizer has {len(tokenizer)} tokens, the model's embedding "
+            f"{model.get_input_embeddings().weight.shape[0]} rows"
+        )
+    model = model.to(device=device, dtype=dtype)
+    model.set_attn_implementation(register())
+    _own_memory(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if peft_config is not None or config.use_peft:
+        model = _with_adapters(model, peft_config, config)
+    policy = Policy(model.eval(), tokenizer)
+    policy.self_check()
+    return policy
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" takes a GPU when there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto": bfloat16 on a GPU, float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def _resolve_factory(model: Any, seed: int) -> tuple[Any, Any]:
+    """What a factory made, as (model or where it is, tokenizer or None)."""
+    if isinstance(model, str) and ":" in model and not Path(model).exists():
+        factory = import_object(model)
+        takes_seed = "seed" in inspect.signature(factory).parameters
+        model = factory(seed=seed) if takes_seed else factory()
+    if isinstance(model, tuple):
+        return model
+    return (str(model) if isinstance(model, Path) else model), None
+
+
+def _from_pretrained(source: str, config: GRPOConfig, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"model={source!r} is a folder without a config.json: not a model")
+    if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise ValueError(f"model={source!r}: no such folder")
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=config.trust_remote_code, revision=config.model_revision or "main"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model={source!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _load_tokenizer(source: Any, model: Any, config: GRPOConfig) -> Any:
+    if isinstance(source, str) and ":" in source and not Path(source).exists():
+        source = import_object(source)()
+    if hasattr(source, "get_decoder"):
+        source = model.config.name_or_path
+    if not isinstance(source, str):
+        return source
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no tokenizer in {source!r} ({_first_line(error)}); give processing_class") from error
+
+
+def _with_adapters(model: Any, peft_config: Any, config: GRPOConfig) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("use_peft needs the extra: pip install 'fastgrpo[peft]'") from error
+    if peft_config is None:
+        peft_config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=config.lora_target_modules,
+        )
+    # Adapters start from random numbers of the global generator: the same for a seed, whatever was drawn before.
+    torch.manual_seed(config.seed)
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return get_peft_model(model, peft_config if not hasattr(peft_config, "__dataclass_fields__") else replace(peft_config))
+
+
+def _own_memory(model: Any) -> None:
+    """Give every parameter memory of its own, aligned as torch aligns it.
+
+    Weights mapped from a file may lie at any address, and some CPU kernels round differently by alignment: a resumed
+    run would not be bitwise the run it goes on with.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,386 @@
+"""GRPOTrainer: the loop.
+
+    prompts -> rollouts -> rewards -> advantages -> packing -> hidden states -> loss -> gradients -> new weights
+
+One process, one device. The stages stand in files of their own and do not know one another; `collect.py` and
+`update.py` lead a batch through them, `recorder.py` writes down what happened. Not done here: several GPUs.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgrpo.checkpoint import CheckpointStore
+from fastgrpo.collect import Collector
+from fastgrpo.config import ConfigError, GRPOConfig
+from fastgrpo.data import PromptSource, load_rows
+from fastgrpo.errors import RunError
+from fastgrpo.evaluation import evaluate
+from fastgrpo.integrations.callbacks import Callbacks
+from fastgrpo.optim import Optimizer, learning_rate
+from fastgrpo.policy import Policy, Reference, load_policy
+from fastgrpo.recorder import Recorder, save_failed_step
+from fastgrpo.records import Prompt, RolloutBatch, TrainState
+from fastgrpo.rewards import RewardDefaults, RewardFunction, RewardRunner, resolve_all
+from fastgrpo.rollout import Engine, make_engine
+from fastgrpo.run_directory import RunDirectory
+from fastgrpo.signals import StopRequested, StopSignals
+from fastgrpo.snapshot import MODEL_FOLDER, read_snapshot, write_snapshot
+from fastgrpo.state import rng_state
+from fastgrpo.update import Updater
+
+
+class NonFiniteGradients(RunError):
+    """Several steps in a row had a gradient that is not finite."""
+
+
+class GRPOTrainer:
+    """Trains a language model by GRPO.
+
+    model:            hub name, local folder, "module:function" factory, or a loaded `PreTrainedModel`.
+    reward_funcs:     one reward or several: functions with TRL's signature, built-in names, "module:function",
+                      reward models' names, or mappings with "name", "weight", "timeout" and options.
+    args:             every other option.
+    train_dataset:    `datasets.Dataset`, list of dicts, hub name, file, or "module:function"; needs a `prompt` column.
+    eval_dataset:     the same, for evaluation; None = no evaluation.
+    processing_class: the tokenizer, or where to find it; None = the model's own.
+    peft_config:      a PEFT config, to train adapters; default: LoRA from the options when `use_peft`.
+    callbacks:        transformers' `TrainerCallback`s.
+
+    Options and rewards are checked at once; data and model are loaded by `train` and `evaluate`. Raises ValueError
+    (ConfigError among them), OSError or ImportError, in one line, for what cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: Sequence[Any] | None = None,
+    ) -> None:
+        self.config = args or GRPOConfig()
+        self.started = time.perf_counter()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("several processes (WORLD_SIZE > 1) are not supported yet: start a single one")
+        self._task = {
+            "model": model,
+            "processing_class": processing_class,
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "reward_funcs": reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs],
+            "peft_config": peft_config,
+        }
+        self._callback_list = list(callbacks or [])
+        self.rewards = RewardRunner(self._resolve_rewards())
+        self.config.loss_config()  # its own checks, before anything is loaded
+        self.directory = RunDirectory(self.config.output_dir)
+        self.state = TrainState()
+        self.pending: RolloutBatch | None = None
+        self.source: PromptSource
+        self.eval_prompts: list[Prompt] = []
+        self.policy: Policy
+        self.engine: Engine
+        self.total_steps = 0
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+
+    def train(self, resume: str = "auto") -> TrainState:
+        """Train to the last step; returns the counters. Called again, it goes on where the run stopped.
+
+        resume: "auto" goes on from output_dir's newest intact checkpoint if there is one, "never" begins anew, a
+        checkpoint's path goes on from there.
+        Raises AllRewardsFailed, NonFiniteGradients, CheckpointError; `StopRequested` after SIGTERM or Ctrl-C, once the
+        state is saved.
+        """
+        self._open(resume)
+        try:
+            with StopSignals() as self.signals:
+                if self.state.step < self.total_steps:
+                    self._run()
+                else:
+                    self.recorder.message(f"finished before, at step {self.state.step}: {self.directory.path}")
+        except StopRequested as stop:
+            self._save()
+            self.recorder.message(f"{stop}: saved at step {self.state.step}; the same command goes on from there")
+            raise
+        finally:
+            self.recorder.close()
+            self.engine.close()
+            self.rewards.close()
+        return self.state
+
+    def _run(self) -> None:
+        self._begin()
+        while not self._done():
+            batch = self.pending or self._collect()  # prompts -> rollouts -> rewards -> advantages
+            metrics = self._update(batch)  # packing -> hidden states -> loss -> gradients -> new weights
+            self._record(metrics, batch)  # metrics, evaluation, checkpoint
+        self._end()
+
+    def evaluate(self) -> dict[str, float]:
+        """Sample and score the evaluation prompts with the weights as they are; returns the metrics, names `eval/...`."""
+        if self._task["eval_dataset"] is None:
+            raise ConfigError("eval_dataset is required for an evaluation")
+        if not hasattr(self, "policy"):
+            self._load(self._task["model"])
+        return self._evaluate()
+
+    # ----------------------------------------------------------------------------------------------------- its steps
+
+    def _begin(self) -> None:
+        self.callbacks.fire("on_train_begin")
+        if self.state.step == 0 and self.config.eval_on_start and self.eval_prompts:
+            with self.signals.interruptible():
+                metrics = self._evaluate()
+            self.state.summary["accuracy_before"] = metrics["eval/accuracy"]
+            self.recorder.line(0, metrics)
+            self._mark_boundary()
+
+    def _done(self) -> bool:
+        return self.state.step >= self.total_steps or self.callbacks.stop
+
+    def _collect(self) -> RolloutBatch:
+        """A fresh rollout batch. May be cut short by a signal: it is then collected again after the resume."""
+        with self.signals.interruptible():
+            self.engine.wake()
+            batch = self.collector.collect(self.state, self._trainer_state())
+            self.engine.sleep()
+            self.updater.prepare(batch)
+        self.state.too_long = self.source.too_long
+        self.recorder.completions(self.state.step + 1, batch.rollouts)
+        return batch
+
+    def _update(self, batch: RolloutBatch) -> dict[str, float]:
+        """One optimizer step; returns its metrics."""
+        self.callbacks.fire("on_step_begin")
+        state = self.state
+        metrics, applied = self.updater.step(batch, learning_rate(state.step + 1, self.total_steps, self.config))
+        state.step += 1
+        state.skipped_in_row = 0 if applied else state.skipped_in_row + 1
+        state.skipped_steps += not applied
+        if state.skipped_in_row >= self.config.max_skipped_steps:
+            kept = save_failed_step(self.directory.path, state.step, batch.rollouts)
+            raise NonFiniteGradients(
+                f"{state.skipped_in_row} steps in a row had a non-finite gradient (the last: step {state.step}); "
+                f"its rollouts are kept in {kept}"
+            )
+        self.pending = batch if batch.used < self.config.steps_per_batch else None
+        if self.reference is not None and self.config.sync_ref_model and state.step % self.config.ref_model_sync_steps == 0:
+            self.reference.mix(self.config.ref_model_mixup_alpha)
+        self.engine.sync(self.policy)
+        counters = {"skipped_steps": state.skipped_steps, "num_tokens": state.num_tokens}
+        return metrics | counters | {"data/skipped_prompts": len(state.too_long)}
+
+    def _record(self, metrics: dict[str, float], batch: RolloutBatch) -> None:
+        """Evaluate and save when it is time, and write the step's line before its checkpoint."""
+        step = self._trainer_state().global_step
+        self.callbacks.fire("on_step_end")
+        last = self._done()
+        due = bool(self.config.eval_steps) and step % self.config.eval_steps == 0
+        if self.eval_prompts and (due or self.callbacks.take("should_evaluate") or (last and self.config.eval_on_end)):
+            metrics |= self._evaluate()
+            self.callbacks.fire("on_evaluate", metrics=metrics)
+            self.state.summary["accuracy_after"] = metrics["eval/accuracy"]
+        line = self.recorder.step_line(step, metrics, batch)
+        self.callbacks.fire("on_log", logs=line)
+        self._mark_boundary()
+        save_due = bool(self.config.save_steps) and step % self.config.save_steps == 0
+        if last or save_due or self.callbacks.take("should_save"):
+            self._save()
+            self.callbacks.fire("on_save")
+
+    def _end(self) -> None:
+        self.callbacks.fire("on_train_end")
+        summary = {
+            **self.state.summary,
+            "steps": self.state.step,
+            "num_tokens": self.state.num_tokens,
+            "skipped_steps": self.state.skipped_steps,
+            "skipped_prompts": len(self.state.too_long),
+            "seconds": self._seconds(),
+            "model": str(self._last_saved / MODEL_FOLDER) if self._last_saved else None,
+        }
+        self.recorder.finish(summary)
+
+    def _evaluate(self) -> dict[str, float]:
+        self.engine.wake()
+        metrics, _ = evaluate(self.eval_prompts, self.engine, self.rewards, self.config, self._trainer_state())
+        self.engine.sleep()
+        return metrics
+
+    # ------------------------------------------------------------------------------------------- checkpoint and resume
+
+    def _mark_boundary(self) -> None:
+        """Remember where a checkpoint would go on from: what follows may be cut short and done again."""
+        self.state.summary["seconds"] = self._seconds()
+        self._boundary = (copy.deepcopy(self.state), rng_state())
+
+    def _save(self) -> None:
+        """Write a checkpoint of the last boundary."""
+        self.state, rng = copy.deepcopy(self._boundary[0]), self._boundary[1]
+        if self._last_saved_step == self.state.step:
+            return
+        self.recorder.sync()
+        moving = self.reference if self.config.sync_ref_model else None
+        self._last_saved = self.store.save(
+            self.state.step,
+            lambda folder: write_snapshot(
+                folder,
+                policy=self.policy,
+                optimizer=self.optimizer,
+                reference=moving,
+                state=self.state,
+                rng=rng,
+                pending=self.pending,
+            ),
+        )
+        self._last_saved_step = self.state.step
+
+    def _open(self, resume: str) -> None:
+        """Everything between the call of `train` and the first step."""
+        config = self.config
+        self.directory.open(
+            self._options(),
+            restart=resume == "never",
+            overwrite=config.overwrite_output_dir,
+            allow_change=config.allow_config_change,
+        )
+        self.store = CheckpointStore(self.directory.path, config.save_total_limit)
+        checkpoint = {"auto": self.store.latest, "never": lambda: None}.get(resume, lambda: self._given(resume))()
+        self._load(self._where_to_load(checkpoint))
+        self.optimizer = Optimizer(self.policy.trainable(), config)
+        self.reference = Reference(self.policy) if config.beta > 0 else None
+        self.collector = Collector(self.source, self.engine, self.rewards, config)
+        self.updater = Updater(self.policy, self.reference, self.optimizer, config)
+        self.callbacks = Callbacks(self._callback_list, config, self.policy, self.optimizer.torch_optimizer)
+        batches = config.num_train_epochs * len(self.source) / config.num_prompts_per_step
+        self.total_steps = config.max_steps if config.max_steps > 0 else max(1, round(batches)) * config.steps_per_batch
+        self._seed_generators()
+        if checkpoint is not None:
+            moving = self.reference if config.sync_ref_model else None
+            self.state, self.pending = read_snapshot(
+                checkpoint, policy=self.policy, optimizer=self.optimizer, reference=moving, source=self.source
+            )
+            self.source.too_long = self.state.too_long
+            self.engine.sync(self.policy)
+        self._last_saved, self._last_saved_step = checkpoint, self.state.step if checkpoint else None
+        self._seconds_before = self.state.summary.get("seconds", 0.0)
+        self.directory.cut_after(self.state.step if checkpoint else -1)
+        self.recorder = Recorder(self.directory, config, self._options(), self.state.step, self.total_steps)
+        if checkpoint is not None:
+            self.recorder.message(f"going on from {checkpoint}")
+        self._mark_boundary()
+
+    def _given(self, path: str) -> Path:
+        self.store.verify(path)
+        return Path(path)
+
+    def _where_to_load(self, checkpoint: Path | None) -> Any:
+        """The checkpoint's own model folder where that is enough; a reference or base model needs the initial one."""
+        model = self._task["model"]
+        enough = self.config.beta == 0 and not self.config.use_peft and self._task["peft_config"] is None
+        return str(checkpoint / MODEL_FOLDER) if checkpoint and enough and isinstance(model, str) else model
+
+    def _load(self, model: Any) -> None:
+        """Data first, it is the cheapest to find fault with; then the model, the prompts and the engine."""
+        config = self.config
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        train_rows = self._rows("train_dataset", config.train_split)
+        eval_rows = self._rows("eval_dataset", config.eval_split)
+        self._seed_generators()
+        self.policy = load_policy(model, self._task["processing_class"], config, self._task["peft_config"])
+        if train_rows is not None:
+            self.source = self._prompts(train_rows, config.max_completion_length)
+        if eval_rows is not None:
+            longest = config.eval_max_completion_length or config.max_completion_length
+            self.eval_prompts = list(self._prompts(eval_rows, longest).usable(config.eval_max_prompts))
+        self.engine = make_engine(config.rollout_engine, self.policy, batch_size=config.rollout_batch_size)
+
+    def _rows(self, name: str, split: str) -> Any:
+        source = self._task[name]
+        if source is None:
+            if name == "train_dataset":
+                raise ConfigError("train_dataset is required")
+            return None
+        return load_rows(source, split=split, name=self.config.dataset_name, column_mapping=self.config.column_mapping)
+
+    def _prompts(self, rows: Any, completion_length: int) -> PromptSource:
+        config = self.config
+        room = (self.policy.context_length or 2**31) - completion_length
+        if room < 1:
+            raise ConfigError(
+                f"max_completion_length={completion_length} leaves no room for a prompt in the model's context of "
+                f"{self.policy.context_length} tokens"
+            )
+        return PromptSource(
+            rows,
+            self.policy.tokenizer,
+            max_prompt_length=min(config.max_prompt_length or room, room),
+            vocab_size=self.policy.vocab_size,
+            system_prompt=config.system_prompt,
+            prompt_template=config.prompt_template,
+            chat=config.chat,
+            long_prompts=config.long_prompts,
+            shuffle=config.shuffle_dataset,
+            seed=config.seed,
+        )
+
+    # ------------------------------------------------------------------------------------------------- small matters
+
+    def _resolve_rewards(self) -> list[RewardFunction]:
+        specs, config = self._task["reward_funcs"], self.config
+        if not specs:
+            raise ConfigError("reward_funcs is required: at least one reward function")
+        if config.reward_weights is not None and len(config.reward_weights) != len(specs):
+            raise ConfigError(f"reward_weights has {len(config.reward_weights)} entries, reward_funcs {len(specs)}")
+        defaults = RewardDefaults(timeout=config.reward_timeout, max_completion_length=config.max_completion_length)
+        functions = resolve_all(specs, defaults=defaults)
+        if config.reward_weights is not None:
+            functions = [replace(f, weight=w) for f, w in zip(functions, config.reward_weights, strict=True)]
+        return functions
+
+    def _options(self) -> dict[str, Any]:
+        """The task and all options as plain values: config.yaml."""
+        return {name: _plain(value) for name, value in self._task.items()} | self.config.to_dict()
+
+    def _trainer_state(self) -> Any:
+        if not hasattr(self, "callbacks"):
+            return None
+        return self.callbacks.at(self.state.step, self.total_steps, self.state.num_tokens)
+
+    def _seed_generators(self) -> None:
+        """Python's, numpy's and torch's global generators: user code may draw from them."""
+        import numpy as np
+
+        random.seed(self.config.seed)
+        np.random.seed(self.config.seed % 2**32)  # noqa: NPY002 - the global one is what user code draws from
+        torch.manual_seed(self.config.seed)
+
+    def _seconds(self) -> float:
+        return round(self._seconds_before + time.perf_counter() - self.started, 3)
+
+
+def _plain(value: Any) -> Any:
+    """A value as config.yaml shows it: objects by the name of what they are."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value[:100]] if all(not isinstance(v, dict) or "prompt" not in v for v in value) else f"<{len(value)} rows>"
+    name = getattr(value, "__name__", None) or type(value).__name__
+    return f"<{name}>"

@@ -1,0 +1,125 @@
+"""Scored rollouts -> one optimizer step: pack, forward, loss, backward, clip, step."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from fastgrpo_kernels import LossOutput
+from torch import Tensor
+
+from fastgrpo import packing
+from fastgrpo.config import GRPOConfig
+from fastgrpo.loss import policy_loss
+from fastgrpo.optim import Optimizer
+from fastgrpo.policy import Policy, Reference
+from fastgrpo.records import Denominators, PackedBatch, Rollout, RolloutBatch
+
+
+class Updater:
+    """Applies the minibatches of rollout batches to the policy."""
+
+    def __init__(self, policy: Policy, reference: Reference | None, optimizer: Optimizer, config: GRPOConfig) -> None:
+        self.policy = policy
+        self.reference = reference
+        self.optimizer = optimizer
+        self.config = config
+        self.loss_config = config.loss_config()
+        # Exact only when a zero advantage means a zero gradient: docs/losses.md.
+        self.skip_zero = (
+            config.skip_zero_advantage
+            and config.beta == 0
+            and config.entropy_coef == 0
+            and config.top_entropy_quantile == 1
+        )
+
+    def prepare(self, batch: RolloutBatch) -> None:
+        """What must be known before the policy moves: reference log-probs, and old ones where they will be needed.
+
+        The first minibatch gets its old log-probs from its own first forward, at no cost; those after it do not see
+        the old policy any more, so theirs are computed here.
+        """
+        minibatches = [self._select(m) for m in packing.split_minibatches(batch.rollouts, self.config.num_minibatches)]
+        if self.reference is not None:
+            self._fill("ref_logprob", [r for m in minibatches for r in m], self.reference)
+        self._fill("old_logprob", [r for m in minibatches[1:] for r in m], self.policy)
+
+    def step(self, batch: RolloutBatch, rate: float) -> tuple[dict[str, float], bool]:
+        """One optimizer step with the batch's next minibatch; returns its metrics and whether it was applied.
+
+        A non-finite gradient leaves the weights as they are.
+        """
+        started = time.perf_counter()
+        minibatch = packing.split_minibatches(batch.rollouts, self.config.num_minibatches)[
+            batch.used % self.config.num_minibatches
+        ]
+        whole = packing.denominators(minibatch, mask_truncated=self.config.mask_truncated_completions)
+        chosen = self._select(minibatch)
+        packed = packing.pack(chosen, max_tokens=self.config.max_tokens_per_microbatch)
+        threshold = self._entropy_threshold(packed)
+        outputs = [self._backward(p, chosen, whole, threshold) for p in packed]
+        norm, applied = self.optimizer.step(rate)
+        batch.used += 1
+        computed = sum(r.num_tokens + len(r.prompt.token_ids) for r in chosen)
+        total = sum(r.num_tokens + len(r.prompt.token_ids) for r in minibatch)
+        metrics = {
+            **self._loss_metrics(outputs),
+            "grad_norm": norm,
+            "lr": rate,
+            "perf/update_time": time.perf_counter() - started,
+            "perf/skipped_token_fraction": 1 - computed / total if total else 0.0,
+            "perf/microbatches": len(packed),
+        }
+        return metrics, applied
+
+    def _select(self, rollouts: list[Rollout]) -> list[Rollout]:
+        return packing.select(
+            rollouts, mask_truncated=self.config.mask_truncated_completions, skip_zero=self.skip_zero
+        )
+
+    def _backward(
+        self, packed: PackedBatch, chosen: list[Rollout], whole: Denominators, threshold: float | None
+    ) -> LossOutput:
+        device = self.policy.device
+        with self.policy.mode(training=True):
+            moved = packed.to(device)
+            output = policy_loss(
+                self.policy.hidden(moved),
+                self.policy.head,
+                moved,
+                config=self.loss_config,
+                temperature=self.config.temperature,
+                whole=whole,
+                entropy_threshold=threshold,
+            )
+            output.loss.backward()
+        if self.config.num_iterations > 1 and packed.old_logprob is None:
+            _scatter(output.logprob.cpu(), packed, chosen, "old_logprob")
+        return output
+
+    def _fill(self, name: str, rollouts: list[Rollout], model: Policy | Reference) -> None:
+        """Set `old_logprob` or `ref_logprob` of the rollouts, without gradients."""
+        for packed in packing.pack(rollouts, max_tokens=self.config.max_tokens_per_microbatch):
+            logprob = model.logprobs(packed.to(self.policy.device), self.config.temperature)[0]
+            _scatter(logprob, packed, rollouts, name)
+
+    def _entropy_threshold(self, packed: list[PackedBatch]) -> float | None:
+        """The quantile of the minibatch's entropies under the policy that starts the step; see docs/losses.md."""
+        if self.config.top_entropy_quantile == 1 or not packed:
+            return None
+        temperature = self.config.temperature
+        entropies = [self.policy.logprobs(p.to(self.policy.device), temperature)[1] for p in packed]
+        return torch.quantile(torch.cat(entropies).double(), 1 - self.config.top_entropy_quantile).item()
+
+    def _loss_metrics(self, outputs: list[LossOutput]) -> dict[str, float]:
+        if not outputs:
+            return {"loss": 0.0}
+        total = torch.stack([o.loss.detach() for o in outputs]).sum()
+        return {"loss": total.item(), **{k: float(v) for k, v in LossOutput.reduce(outputs).items()}}
+
+
+def _scatter(values: Tensor, packed: PackedBatch, rollouts: list[Rollout], name: str) -> None:
+    """Hand [N] values back to the completions they belong to."""
+    parts = values.split(packed.cu_seqlens.diff().tolist())
+    for member, part in zip(packed.members, parts, strict=True):
+        setattr(rollouts[member], name, part.clone())

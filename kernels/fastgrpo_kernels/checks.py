@@ -1,0 +1,87 @@
+"""Argument checks shared by the public ops, run before any work; they name the argument, what it is, what was expected.
+
+Only what the host knows is looked at, except where a function says that it reads the values of CPU tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(
+    name: str,
+    value: Any,
+    shape: tuple[int | None, ...],
+    layout: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Raise unless `value` is a tensor of `shape` (None = any size), `dtype` (None = a float type) and `device`.
+
+    layout: how the documentation writes the shape, such as "[N, D]"; used in messages only.
+    Errors: TypeError for something that is not a tensor or has the wrong dtype, ValueError for shape and device.
+    """
+    expected = "float16, bfloat16, float32 or float64" if dtype is None else str(dtype).removeprefix("torch.")
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a {expected} tensor of shape {layout}, got {type(value).__name__}")
+    if value.dtype not in (FLOAT_DTYPES if dtype is None else (dtype,)):
+        raise TypeError(f"{name}: expected dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
+    if value.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, value.shape, strict=True)):
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape {layout} = [{sizes}], got {list(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+
+
+def check_number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+) -> None:
+    """Raise ValueError unless `value` is a finite number in [low, high], or (low, high] with `open_low`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high or (open_low and value == low):
+        left = "" if low == -math.inf else f" {'>' if open_low else '>='} {low:g}"
+        right = "" if high == math.inf else f"{' and' if left else ''} <= {high:g}"
+        raise ValueError(f"{name}: expected a finite number{left}{right}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def check_cu_seqlens(cu_seqlens: Any, num_rows: int, device: torch.device) -> None:
+    """Raise unless `cu_seqlens` is [S+1] int32 on `device`; on the CPU also unless it rises from 0 to `num_rows`.
+
+    On other devices reading the values would stall the queue, so a wrong content is the caller's to avoid there.
+    """
+    check_tensor("cu_seqlens", cu_seqlens, (None,), "[S+1]", torch.int32, device)
+    if cu_seqlens.numel() == 0:
+        raise ValueError("cu_seqlens: expected shape [S+1] with S >= 0, got [0]")
+    if device.type == "cpu":
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != num_rows or any(a > b for a, b in pairwise(bounds)):
+            shown = bounds if len(bounds) <= 12 else f"{bounds[:6]} ... {bounds[-3:]}"
+            raise ValueError(f"cu_seqlens: expected values rising from 0 to N = {num_rows}, got {shown}")
+
+
+def check_target(target: Any, num_rows: int, vocab_size: int, device: torch.device, mask: Tensor | None = None) -> None:
+    """Raise unless `target` is [N] int64 on `device`; on the CPU also unless its unmasked values are in [0, V)."""
+    check_tensor("target", target, (num_rows,), "[N]", torch.int64, device)
+    if device.type == "cpu":
+        used = target if mask is None else target[mask]
+        if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < vocab_size:
+            found = f"[{int(used.min())}, {int(used.max())}]"
+            raise ValueError(f"target: expected token ids in [0, V) with V = {vocab_size}, got values in {found}")
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 when any of the tensors is float64, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32

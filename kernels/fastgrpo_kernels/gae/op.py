@@ -1,0 +1,31 @@
+"""`gae`: checks, then the PyTorch path on every device (it is a handful of elementwise launches)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import check_cu_seqlens, check_number, check_tensor, compute_dtype
+from .reference import gae_reference
+
+
+@torch.no_grad()
+def gae(
+    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al., 2016) over packed sequences.
+
+    rewards, values: [N] float, per completion token; the value after a sequence's last token is 0.
+    cu_seqlens:      [S+1] int32 on the same device.
+    gamma, lam:      discount and trace decay, in [0, 1].
+
+    Returns `advantages` [N] and `returns` [N] = advantages + values, fp32 (float64 if an input is). Both are
+    constants to autograd, like every advantage. Errors: TypeError or ValueError naming the argument.
+    """
+    check_tensor("rewards", rewards, (None,), "[N]")
+    check_tensor("values", values, (rewards.numel(),), "[N]", device=rewards.device)
+    check_cu_seqlens(cu_seqlens, rewards.numel(), rewards.device)
+    check_number("gamma", gamma, 0, 1)
+    check_number("lam", lam, 0, 1)
+    dtype = compute_dtype(rewards, values)
+    return gae_reference(rewards.to(dtype), values.to(dtype), cu_seqlens, gamma, lam)

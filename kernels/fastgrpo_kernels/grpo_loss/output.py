@@ -1,0 +1,77 @@
+"""`LossOutput`, and how its metrics combine across chunks, micro-batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class LossOutput:
+    """What a loss op returns.
+
+    loss:     0-d, differentiable; fp32 (float64 for float64 inputs).
+    logprob:  [N], detached; 0 in rows that a linear op left out because they do not train.
+    entropy:  [N], detached; None when `grpo_loss` was not given one; 0 in rows left out.
+    metrics:  0-d float64 tensors on the loss's device, sums over trained tokens and counts, never means:
+        `<name>/sum` and `<name>/count` make the mean `<name>`; names ending in `/min` and `/max` combine by minimum and
+        maximum, every other name by addition. `policy_loss` is the policy term with its denominators inside.
+    """
+
+    loss: Tensor
+    logprob: Tensor
+    entropy: Tensor | None
+    metrics: Metrics
+
+    @staticmethod
+    def combine(outputs: Sequence[LossOutput | Mapping[str, Tensor]]) -> Metrics:
+        """The metrics of several outputs as if they were one call's, still 0-d tensors; no host sync.
+
+        A name that an output lacks is taken to be empty there. Outputs without tokens are welcome.
+        """
+        parts = [output.metrics if isinstance(output, LossOutput) else output for output in outputs]
+        names = list(dict.fromkeys(name for part in parts for name in part))
+        return {name: _combine_one(name, [part[name] for part in parts if name in part]) for name in names}
+
+    @staticmethod
+    def reduce(outputs: Sequence[LossOutput | Mapping[str, Tensor]]) -> dict[str, float]:
+        """The means of several outputs (micro-batches, ranks) as floats, in one transfer to the host.
+
+        `policy_loss`: sum of the policy terms, hence the update's when the denominators were the update's.
+        `kl` (with a reference), `entropy` (when known): means over trained tokens.
+        `clip_ratio/low_mean|high_mean|region_mean`: share of trained tokens whose ratio is below the clip range with a
+        negative advantage, above it with a positive one, or either; types that do not clip report the same region.
+        `sampling/sampling_logp_difference/mean|max` (with sampling log-probs): |old - sampling| over reported tokens.
+        `sampling/importance_sampling_ratio/min|mean|max`: the correction applied, over tokens, or over sequences
+        for the sequence modes; without a correction the tokens' exp(old - sampling).
+        A mean, minimum or maximum over nothing is NaN.
+        """
+        combined = LossOutput.combine(outputs)
+        if not combined:
+            return {}
+        values = dict(zip(combined, torch.stack(list(combined.values())).tolist(), strict=True))
+        reduced = {}
+        for name, value in values.items():
+            if name.endswith("/sum"):
+                count = values[name.removesuffix("sum") + "count"]
+                reduced[name.removesuffix("/sum")] = value / count if count else float("nan")
+            elif name.endswith(("/min", "/max")):
+                empty = float("inf") if name.endswith("/min") else float("-inf")
+                reduced[name] = float("nan") if value == empty else value
+            elif not name.endswith("/count"):
+                reduced[name] = value
+        return reduced
+
+
+def _combine_one(name: str, values: list[Tensor]) -> Tensor:
+    stacked = torch.stack(values)
+    if name.endswith("/min"):
+        return stacked.amin()
+    if name.endswith("/max"):
+        return stacked.amax()
+    return stacked.sum()

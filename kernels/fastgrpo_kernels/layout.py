@@ -1,0 +1,91 @@
+"""Where prompts and completions lie in a packed row in which the completions of a prompt share it.
+
+Token order: all prompts first (1, 2, ...), then the completions of prompt 1, of prompt 2, ... Prompts and completions
+are then contiguous views, and nothing is padded or copied. This file computes positions and indices only; attention
+over the layout is an op of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class PackedLayout:
+    """The layout of P prompts and their S completions, T tokens in all, N of them in completions.
+
+    prompt_lengths:     [P_1, P_2, ...] in tokens, each >= 1: the last prompt token predicts the first completion token.
+    completion_lengths: [[c_11, c_12, ...], ...], one list per prompt, each length >= 0; a list may be empty.
+    device:             where the tensors live; the CPU by default.
+
+    num_tokens, num_prompt_tokens, num_completion_tokens: T, T - N, N.
+    position_ids:    [T] int64; each completion goes on from its prompt's length.
+    predictor_index: [N] int64, the row whose hidden state predicts each completion token: the prompt's last token for
+                     the first one, the token before for the others.
+    cu_seqlens:      [S+1] int32; completion s owns rows cu_seqlens[s]:cu_seqlens[s+1] of the N.
+
+    Errors: TypeError for lengths that are not integers, ValueError for lengths out of range, lists that do not match,
+    or more than 2^31 - 1 tokens.
+    """
+
+    def __init__(
+        self,
+        prompt_lengths: Sequence[int],
+        completion_lengths: Sequence[Sequence[int]],
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.prompt_lengths = _lengths("prompt_lengths", prompt_lengths, minimum=1)
+        self.completion_lengths = tuple(
+            _lengths(f"completion_lengths[{i}]", lengths, minimum=0) for i, lengths in enumerate(completion_lengths)
+        )
+        if len(self.prompt_lengths) != len(self.completion_lengths):
+            raise ValueError(
+                f"completion_lengths: expected one list per prompt, {len(self.prompt_lengths)} in all, "
+                f"got {len(self.completion_lengths)}"
+            )
+        lengths = [length for group in self.completion_lengths for length in group]
+        self.num_prompt_tokens = sum(self.prompt_lengths)
+        self.num_completion_tokens = sum(lengths)
+        self.num_tokens = self.num_prompt_tokens + self.num_completion_tokens
+        if self.num_tokens >= 2**31:
+            raise ValueError(f"PackedLayout: expected fewer than 2^31 tokens, got {self.num_tokens}")
+
+        completion_length = torch.tensor(lengths, dtype=torch.int64)
+        prompt_length = torch.tensor(self.prompt_lengths, dtype=torch.int64)
+        group_size = torch.tensor([len(group) for group in self.completion_lengths], dtype=torch.int64)
+        owner_length = prompt_length.repeat_interleave(group_size)
+        owner_last_row = (prompt_length.cumsum(0) - 1).repeat_interleave(group_size)
+
+        offset = _offsets(completion_length)
+        predictor = torch.arange(self.num_prompt_tokens, self.num_tokens) - 1
+        starts = completion_length > 0
+        predictor[_starts(completion_length)[starts]] = owner_last_row[starts]
+        positions = torch.cat([_offsets(prompt_length), offset + owner_length.repeat_interleave(completion_length)])
+        boundaries = torch.cat([torch.zeros(1, dtype=torch.int64), completion_length.cumsum(0)])
+
+        self.position_ids: Tensor = positions.to(device)
+        self.predictor_index: Tensor = predictor.to(device)
+        self.cu_seqlens: Tensor = boundaries.int().to(device)
+
+    def __repr__(self) -> str:
+        return f"PackedLayout({list(self.prompt_lengths)}, {[list(group) for group in self.completion_lengths]})"
+
+
+def _lengths(name: str, lengths: Sequence[int], minimum: int) -> tuple[int, ...]:
+    for i, length in enumerate(lengths):
+        if not isinstance(length, int) or isinstance(length, bool):
+            raise TypeError(f"{name}[{i}]: expected an int, got {type(length).__name__}")
+        if length < minimum:
+            raise ValueError(f"{name}[{i}]: expected a length >= {minimum}, got {length}")
+    return tuple(lengths)
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return lengths.cumsum(0) - lengths
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    """0, 1, ..., length - 1 for each length, one after the other."""
+    return torch.arange(int(lengths.sum())) - _starts(lengths).repeat_interleave(lengths)

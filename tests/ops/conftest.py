@@ -1,0 +1,28 @@
+"""Uninitialised memory reads as NaN in every test here: an op that forgets to write shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = make(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    return wrapper
+
+
+@pytest.fixture(autouse=True)
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+    assert torch.empty(2).isnan().all()
+    assert torch.zeros(1).new_empty(2).isnan().all()
+    yield

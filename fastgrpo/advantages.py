@@ -21,7 +21,7 @@ def assign_advantages(rollouts: list[Rollout], weights: dict[str, float], config
     Failed samples (NaN reward) leave every statistic and get 0.
     """
     group = torch.tensor([r.group for r in rollouts])
-    reward = torch.tensor([r.reward for r in rollouts])
+    reward = torch.tensor([r.reward for r in rollouts], dtype=torch.float32)
     if config.multi_objective_aggregation == "normalize_then_sum":
         advantage = _normalize_then_sum(rollouts, group, weights, config)
     else:
@@ -49,7 +49,7 @@ def _normalize_then_sum(
     failed = torch.tensor([r.failed for r in rollouts])
     total = torch.zeros(len(rollouts))
     for name, weight in weights.items():
-        reward = torch.tensor([math.nan if r.failed else r.rewards[name] for r in rollouts])
+        reward = torch.tensor([math.nan if r.failed else r.rewards[name] for r in rollouts], dtype=torch.float32)
         total += weight * group_advantages(
             reward, group, baseline=config.advantage_baseline, scale=config.scale_rewards, eps=_EPS
         )

@@ -11,7 +11,7 @@ from fastgrpo.advantages import assign_advantages, group_signal
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data import PromptSource
 from fastgrpo.records import Rollout, RolloutBatch, Sampling, TrainState
-from fastgrpo.rewards import RewardReport, RewardRunner
+from fastgrpo.rewards import RewardReport, RewardRunner, reward_statistics
 from fastgrpo.rollout import Engine
 from fastgrpo.seeding import derive_seed
 
@@ -47,7 +47,7 @@ class Collector:
         state.batches_done += 1
         state.num_tokens += sum(len(r.prompt.token_ids) + r.num_tokens for r in drawn)
         assign_advantages(kept, {f.name: f.weight for f in self.rewards.functions}, config)
-        metrics = logged | batch_metrics(drawn) | clock
+        metrics = logged | reward_statistics(drawn) | batch_metrics(drawn) | clock
         if config.dynamic_sampling:
             metrics["dynamic_sampling/rounds"] = rounds
             metrics["dynamic_sampling/dropped_groups"] = (len(drawn) - len(kept)) / config.num_generations

@@ -22,35 +22,41 @@ class RunDirectory:
         self.completions = self.path / "completions"
         self.summary = self.path / "summary.json"
 
-    def open(self, options: dict[str, Any], *, restart: bool, overwrite: bool, allow_change: bool) -> None:
-        """Make the folder this run's, or check that it is.
+    def check(self, options: dict[str, Any], *, restart: bool, overwrite: bool, allow_change: bool) -> bool:
+        """May this run be written here? Changes nothing; returns whether an old run must go first.
 
-        options: the resolved configuration, written to config.yaml. restart: the run begins anew (`resume=never`).
-        Raises ConfigError when it holds another run, or any run and `restart`, unless `overwrite`.
+        options: the resolved configuration. restart: the run begins anew (`resume=never`).
+        Raises ConfigError when the folder holds another run, or any run and `restart`, unless `overwrite`.
         """
-        import yaml
-
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output_dir={str(self.path)!r} is a file")
-        if self.config.exists():
-            old = self._read_config()
-            changes = decisive_changes(old, options)
-            if restart or (changes and overwrite):
-                if not overwrite:
-                    raise ConfigError(
-                        f"output_dir={str(self.path)!r} holds a run: go on with it (resume=auto), choose another "
-                        "folder, or replace it with overwrite_output_dir=true"
-                    )
-                self._remove_run()
-            elif changes and not allow_change:
-                raise ConfigError(
-                    f"output_dir={str(self.path)!r} holds another run ({'; '.join(changes[:3])}"
-                    f"{'; ...' if len(changes) > 3 else ''}): choose another folder, replace it with "
-                    "overwrite_output_dir=true, or go on with the new options with allow_config_change=true"
-                )
-        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.config.exists():
+            return False
+        changes = decisive_changes(self._read_config(), options)
+        if (restart or changes) and overwrite:
+            return True
+        if restart:
+            raise ConfigError(
+                f"output_dir={str(self.path)!r} holds a run: go on with it (resume=auto), choose another folder, or "
+                "replace it with overwrite_output_dir=true"
+            )
+        if changes and not allow_change:
+            raise ConfigError(
+                f"output_dir={str(self.path)!r} holds another run ({'; '.join(changes[:3])}"
+                f"{'; ...' if len(changes) > 3 else ''}): choose another folder, replace it with "
+                "overwrite_output_dir=true, or go on with the new options with allow_config_change=true"
+            )
+        return False
+
+    def claim(self, options: dict[str, Any], *, afresh: bool) -> None:
+        """Make the folder this run's: remove an old run if `afresh`, and write config.yaml."""
+        import yaml
+
         from fastgrpo.checkpoint import atomic_write
 
+        if afresh:
+            self._remove_run()
+        self.path.mkdir(parents=True, exist_ok=True)
         atomic_write(self.config, yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
 
     def cut_after(self, step: int) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgrpo.errors import RunError
 from fastgrpo.records import Prompt, Rollout
 
 LOGPROBS = ("sampling_logprob", "old_logprob", "ref_logprob")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint that cannot be written, is damaged, or does not fit the run. One line that says which and why."""
 
 

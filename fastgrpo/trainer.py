@@ -251,16 +251,17 @@ class GRPOTrainer:
 
     def _open(self, resume: str) -> None:
         """Everything between the call of `train` and the first step."""
-        config = self.config
-        self.directory.open(
-            self._options(),
+        config, options = self.config, self._options()
+        afresh = self.directory.check(
+            options,
             restart=resume == "never",
             overwrite=config.overwrite_output_dir,
             allow_change=config.allow_config_change,
         )
-        self.store = CheckpointStore(self.directory.path, config.save_total_limit)
-        checkpoint = {"auto": self.store.latest, "never": lambda: None}.get(resume, lambda: self._given(resume))()
+        checkpoint = None if afresh else self._find_checkpoint(resume)
         self._load(self._where_to_load(checkpoint))
+        self.directory.claim(options, afresh=afresh)
+        self.store = CheckpointStore(self.directory.path, config.save_total_limit)
         self.optimizer = Optimizer(self.policy.trainable(), config)
         self.reference = Reference(self.policy) if config.beta > 0 else None
         self.collector = Collector(self.source, self.engine, self.rewards, config)
@@ -279,14 +280,18 @@ class GRPOTrainer:
         self._last_saved, self._last_saved_step = checkpoint, self.state.step if checkpoint else None
         self._seconds_before = self.state.summary.get("seconds", 0.0)
         self.directory.cut_after(self.state.step if checkpoint else -1)
-        self.recorder = Recorder(self.directory, config, self._options(), self.state.step, self.total_steps)
+        self.recorder = Recorder(self.directory, config, options, self.state.step, self.total_steps)
         if checkpoint is not None:
             self.recorder.message(f"going on from {checkpoint}")
         self._mark_boundary()
 
-    def _given(self, path: str) -> Path:
-        self.store.verify(path)
-        return Path(path)
+    def _find_checkpoint(self, resume: str) -> Path | None:
+        if resume == "never":
+            return None
+        if resume == "auto":
+            return CheckpointStore(self.directory.path).latest()
+        CheckpointStore.verify(resume)
+        return Path(resume)
 
     def _where_to_load(self, checkpoint: Path | None) -> Any:
         """The checkpoint's own model folder where that is enough; a reference or base model needs the initial one."""
@@ -354,8 +359,13 @@ class GRPOTrainer:
         return functions
 
     def _options(self) -> dict[str, Any]:
-        """The task and all options as plain values: config.yaml."""
-        return {name: _plain(value) for name, value in self._task.items()} | self.config.to_dict()
+        """The task and all options as plain values: config.yaml. Python objects stand there by what they are called."""
+        task = {name: _plain(value) for name, value in self._task.items()}
+        task["reward_funcs"] = [
+            {k: _plain(v) for k, v in spec.items()} if isinstance(spec, dict) else _plain(spec)
+            for spec in self._task["reward_funcs"]
+        ]
+        return task | self.config.to_dict()
 
     def _trainer_state(self) -> Any:
         if not hasattr(self, "callbacks"):
@@ -375,12 +385,6 @@ class GRPOTrainer:
 
 
 def _plain(value: Any) -> Any:
-    """A value as config.yaml shows it: objects by the name of what they are."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value[:100]] if all(not isinstance(v, dict) or "prompt" not in v for v in value) else f"<{len(value)} rows>"
-    name = getattr(value, "__name__", None) or type(value).__name__
-    return f"<{name}>"
+    return f"<{getattr(value, '__name__', None) or type(value).__name__}>"

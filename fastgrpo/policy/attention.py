@@ -119,7 +119,8 @@ def _softcapped(
     scores = q @ k.transpose(-1, -2) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
     scores = softcap * torch.tanh(scores / softcap)
     if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
+        # Not -inf: a row of padding that sees nothing must not become NaN and spread through the cache.
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     return F.dropout(weights, dropout) @ v
 

@@ -45,7 +45,9 @@ def load_policy(model: Any, processing_class: Any, config: GRPOConfig, peft_conf
     model.set_attn_implementation(register())
     _own_memory(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Renamed in the course of transformers 5.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if peft_config is not None or config.use_peft:
         model = _with_adapters(model, peft_config, config)
     policy = Policy(model.eval(), tokenizer)
@@ -109,9 +111,13 @@ def _load_tokenizer(source: Any, model: Any, config: GRPOConfig) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"no tokenizer in {source!r} ({_first_line(error)}); give processing_class") from error
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+        # transformers makes an empty one up when the folder has the model's config but no tokenizer files.
+        raise ValueError(f"no tokenizer in {source!r}; give processing_class")
+    return tokenizer
 
 
 def _with_adapters(model: Any, peft_config: Any, config: GRPOConfig) -> Any:

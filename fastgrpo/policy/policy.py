@@ -134,7 +134,11 @@ class Policy:
         none = rows[:0]
         batch = PackedBatch(ids, positions, lengths, rows, ids, none, none, None, None, None, ())
         with self.mode(training=False):
-            packed = self.head.logits(self.hidden(batch)).float()
+            try:
+                packed = self.head.logits(self.hidden(batch)).float()
+            except Exception as error:
+                name = type(self.causal_lm).__name__
+                raise ValueError(f"{name} cannot run packed sequences: {type(error).__name__}: {error}") from error
             with attention(self.causal_lm, "eager"):
                 alone = torch.cat([self.causal_lm(input_ids=p[None], use_cache=False).logits[0] for p in parts]).float()
         error = ((packed - alone).abs().max() / alone.abs().max().clamp(min=1.0)).item()

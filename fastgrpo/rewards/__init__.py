@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastgrpo.rewards.registry import RewardDefaults, resolve, resolve_all
-    from fastgrpo.rewards.runner import AllRewardsFailed, RewardFunction, RewardReport, RewardRunner
+    from fastgrpo.rewards.runner import (
+        AllRewardsFailed,
+        RewardFunction,
+        RewardReport,
+        RewardRunner,
+        reward_statistics,
+    )
 
 __all__ = [
     "AllRewardsFailed",
@@ -19,6 +25,7 @@ __all__ = [
     "RewardRunner",
     "resolve",
     "resolve_all",
+    "reward_statistics",
 ]
 
 _REGISTRY = {"RewardDefaults", "resolve", "resolve_all"}

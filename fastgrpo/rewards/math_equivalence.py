@@ -35,8 +35,8 @@ class MathEquivalence:
     "####", failing that what math-verify finds (LaTeX, then the last number).
 
     A sample fails (None) when its gold answer is missing or cannot be parsed, or when its check takes longer than
-    `sample_timeout` seconds, exceeds 4 GiB, crashes or is not done `call_timeout` seconds after the call began. A
-    completion that cannot be parsed scores 0.0.
+    `sample_timeout` seconds, crashes or is not done `call_timeout` seconds after the call began. A completion that
+    cannot be parsed scores 0.0. A check may use 4 GiB of memory.
 
     The processes start on the first call, serve all later ones, and end with this object or the program.
     """

@@ -26,6 +26,9 @@ Outcome = tuple[float | None, str]
 MEMORY_LIMIT = 4 << 30
 """Bytes of address space per worker: a tower of powers must not bring the machine down."""
 
+MAX_DIGITS = 4000
+"""Of a number: Python itself refuses to read much longer ones."""
+
 OUT_OF_TIME = "the time for the whole call ran out"
 
 _BRACE = re.compile(r"(?P<boxed>\\(?:boxed|fbox)\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
@@ -59,7 +62,7 @@ def parse_number(text: str) -> list[Any]:
     from sympy import Number
 
     match = _NUMBER.fullmatch(text.strip(" \n*").rstrip(" .*").replace("−", "-").replace("{,}", ","))
-    if match is None or (match[1] and match[2]):
+    if match is None or (match[1] and match[2]) or len(match[3]) > MAX_DIGITS:
         return []
     return [Number(match[1] + match[2] + match[3].replace(",", ""))]
 

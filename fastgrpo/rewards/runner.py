@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
+from fastgrpo.errors import RunError
 from fastgrpo.records import Rollout
 from fastgrpo.rewards.calls import Call, CallExecutor, CallTimeout, Outcome
 
@@ -60,7 +61,7 @@ class RewardReport:
     extra: dict[str, list[Any]] = field(default_factory=dict)
 
 
-class AllRewardsFailed(RuntimeError):
+class AllRewardsFailed(RunError):
     """No sample of a step has a reward; going on would train on nothing."""
 
 
@@ -118,9 +119,7 @@ class RewardRunner:
         self._assign(rollouts, scores)
         if all(rollout.failed for rollout in rollouts):
             raise AllRewardsFailed(f"none of this step's {len(rollouts)} samples has a reward ({'; '.join(reasons)})")
-        metrics = _mean_of_logged(finished)
-        for name, values in scores.items():
-            metrics.update(_statistics(name, values))
+        metrics = _mean_of_logged(finished) | reward_statistics(rollouts)
         return RewardReport(metrics, {column: values for log in finished for column, values in log.extra.items()})
 
     def close(self) -> None:
@@ -228,6 +227,14 @@ def _number(value: Any) -> tuple[float, str | None]:
     if math.isfinite(score):
         return score, None
     return math.nan, "NaN" if math.isnan(score) else "infinity"
+
+
+def reward_statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """`rewards/{name}/mean|std|failed` of every function over scored rollouts; see `RewardReport`."""
+    metrics: dict[str, float] = {}
+    for name in dict.fromkeys(name for rollout in rollouts for name in rollout.rewards):
+        metrics |= _statistics(name, [rollout.rewards[name] for rollout in rollouts])
+    return metrics
 
 
 def _statistics(name: str, scores: list[float]) -> dict[str, float]:

@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 import torch
-from fastgrpo_kernels import LossConfig
 from hypothesis import strategies as st
 from torch import Tensor
+
+from fastgrpo_kernels import LossConfig
 
 from .oracle import Case
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,10 +19,9 @@ def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def poison_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
     assert torch.empty(2).isnan().all()
     assert torch.zeros(1).new_empty(2).isnan().all()
-    yield

@@ -1,7 +1,7 @@
 """An independent oracle in float64: the definitions, token by token, in Python loops.
 
 It shares nothing with the package. Values are 0-d float64 tensors, so that autograd differentiates the definitions;
-clamps and minima are Python branches, a branch not taken has no gradient, and `detach` is the definitions' stop gradient.
+clamps and minima are Python branches, a branch not taken has no gradient, and `detach` is a stop gradient.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def oracle(case: Case, config: Any) -> Answer:
     tokens_all = max(sum(m) if case.num_tokens is None else case.num_tokens, 1)
     threshold = case.entropy_threshold
     if threshold is None and config.top_entropy_quantile < 1 and any(m):
-        threshold = quantile([float(H[n]) for n in range(N) if m[n]], 1 - config.top_entropy_quantile)
+        threshold = quantile(case.entropy[torch.tensor(m)].tolist(), 1 - config.top_entropy_quantile)
 
     loss = 0 * logp[:0].sum() + 0 * H[:0].sum()
     stats = _Statistics()
@@ -97,7 +97,7 @@ def oracle(case: Case, config: Any) -> Answer:
                 "dr_grpo": S_all * (config.max_completion_length or math.nan),
             }.get(config.loss_type, tokens_all)
             loss = loss + term["policy"] / scale + term["kl"] * config.beta / scale
-            stats.policy_loss += float(term["policy"]) / scale
+            stats.policy_loss += float(term["policy"].detach()) / scale
         for n in rows:
             loss = loss - config.entropy_coef * H[n] / tokens_all
     loss.backward()
@@ -141,17 +141,17 @@ def _sequence(
     terms = []
     for i, n in enumerate(rows):
         policy = _policy(w[i], A[i], logp[n], phi, config)
-        if off_policy or (threshold is not None and float(H[n]) < threshold):
+        if off_policy or (threshold is not None and float(H[n].detach()) < threshold):
             policy = torch.zeros((), dtype=torch.float64)
         if config.loss_type != "vespo":
             policy = policy * c[i]
         kl = torch.zeros((), dtype=torch.float64)
         if case.ref_logprob is not None:
             kl = _kl(case.ref_logprob[n] - logp[n], config)
-            stats.kl.append(float(kl))
+            stats.kl.append(float(kl.detach()))
             if config.kl_bias_correction:
                 kl = kl * w[i]
-        stats.token(float(w[i]), A[i], float(H[n]), config)
+        stats.token(float(w[i].detach()), A[i], float(H[n].detach()), config)
         terms.append({"policy": policy, "kl": kl})
     return terms
 
@@ -163,7 +163,7 @@ def _policy(w: Tensor, A: float, logp: Tensor, phi: float | None, config: Any) -
         capped = w if config.delta is None or w <= config.delta else torch.tensor(config.delta, dtype=torch.float64)
         return -_min(capped * A, _clamp(w, 1 - config.epsilon, 1 + high) * A)
     if name == "cispo":
-        return -min(float(w), config.epsilon_high) * A * logp
+        return -min(float(w.detach()), config.epsilon_high) * A * logp
     if name == "sapo":
         tau = config.sapo_temperature_pos if A > 0 else config.sapo_temperature_neg
         return -(4 / tau) * torch.sigmoid(tau * (w - 1)) * A
@@ -175,7 +175,7 @@ def _policy(w: Tensor, A: float, logp: Tensor, phi: float | None, config: Any) -
 
 def _vespo_phi(r: list[Tensor], c: list[float], A_seq: float, config: Any) -> float:
     low = math.log(1e-8)
-    log_w = sum(min(max(float(x), -20.0), 20.0) for x in r)
+    log_w = sum(min(max(float(x.detach()), -20.0), 20.0) for x in r)
     log_w += sum(min(max(math.log(x) if x > 0 else -math.inf, low), 20.0) for x in c)
     log_w = min(max(log_w, low), 20.0)
     k, lam = config.vespo_k_neg, config.vespo_lambda_neg
@@ -225,7 +225,12 @@ def _corrections(rows: list[int], old: list[Tensor], case: Case, config: Any, st
 class _Statistics:
     def __init__(self) -> None:
         self.policy_loss = 0.0
-        self.low, self.high, self.kl, self.entropy, self.gaps, self.ratios = ([] for _ in range(6))
+        self.low: list[float] = []
+        self.high: list[float] = []
+        self.kl: list[float] = []
+        self.entropy: list[float] = []
+        self.gaps: list[float] = []
+        self.ratios: list[float] = []
 
     def token(self, w: float, A: float, H: float, config: Any) -> None:
         high = config.epsilon if config.epsilon_high is None else config.epsilon_high

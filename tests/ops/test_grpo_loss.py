@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from dataclasses import replace
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
 import torch
-from fastgrpo_kernels import GroupRewards, LossConfig, LossOutput, group_advantages, grpo_loss
-from fastgrpo_kernels.grpo_loss.reference import entropy_quantile, grpo_loss_reference
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
+
+from fastgrpo_kernels import GroupRewards, LossConfig, LossOutput, group_advantages, grpo_loss
+from fastgrpo_kernels.grpo_loss.reference import entropy_quantile, grpo_loss_reference
 
 from .cases import CORRECTIONS, LOSS_TYPES, cases, configs, make_case, make_config, relative_error
 from .oracle import Answer, Case, oracle, quantile
@@ -51,22 +53,19 @@ def poisoned(case: Case) -> Case:
         return case
     per_token = case.advantage.numel() != case.cu_seqlens.numel() - 1
 
-    def spoil(x: Tensor | None, value: float) -> Tensor | None:
-        return None if x is None else torch.where(case.mask, x, value)
-
-    return Case(
-        logprob=spoil(case.logprob, math.nan),
-        advantage=spoil(case.advantage, math.inf) if per_token else case.advantage,
-        cu_seqlens=case.cu_seqlens,
-        entropy=spoil(case.entropy, math.nan),
-        old_logprob=spoil(case.old_logprob, math.inf),
-        ref_logprob=spoil(case.ref_logprob, -math.inf),
-        sampling_logprob=spoil(case.sampling_logprob, math.inf),
-        mask=case.mask,
-        entropy_threshold=case.entropy_threshold,
-        num_sequences=case.num_sequences,
-        num_tokens=case.num_tokens,
-    )
+    values = {
+        "logprob": math.nan,
+        "entropy": math.nan,
+        "old_logprob": math.inf,
+        "ref_logprob": -math.inf,
+        "sampling_logprob": math.inf,
+    }
+    if per_token:
+        values["advantage"] = math.inf
+    spoiled = {
+        name: x.masked_fill(~case.mask, v) for name, v in values.items() if (x := getattr(case, name)) is not None
+    }
+    return replace(case, **spoiled)
 
 
 def assert_same(got: Answer, want: Answer, tolerance: float = 1e-10) -> None:
@@ -162,19 +161,14 @@ def test_partition_invariance(loss_type: str, level: str) -> None:
     bounds = case.cu_seqlens.tolist()
     for cuts in ([0, 10], [0, 1, 10], [0, 3, 4, 8, 10], list(range(11))):
         parts = []
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in pairwise(cuts):
             rows = slice(bounds[first], bounds[last])
-            sub = {
-                name: None if (x := getattr(case, name)) is None else x[rows]
-                for name in ("logprob", "entropy", "old_logprob", "ref_logprob", "sampling_logprob", "mask")
-            }
-            part = Case(
+            names = ("logprob", "entropy", "old_logprob", "ref_logprob", "sampling_logprob", "mask")
+            part = replace(
+                case,
                 advantage=case.advantage[first:last],
                 cu_seqlens=case.cu_seqlens[first : last + 1] - bounds[first],
-                entropy_threshold=case.entropy_threshold,
-                num_sequences=case.num_sequences,
-                num_tokens=case.num_tokens,
-                **sub,
+                **{name: getattr(case, name)[rows] for name in names},
             )
             parts.append(run(part, config, torch.float32))
         assert sum(p.loss for p, _ in parts) == pytest.approx(whole.loss, rel=1e-6, abs=1e-7)
@@ -238,7 +232,7 @@ def test_advantage_shapes() -> None:
     per_sequence, _ = run(case, LossConfig())
     assert_same(per_sequence, oracle(case, LossConfig()))
     ragged = make_case(9, [2, 0, 3], ref=False, sampling=False)
-    spread = Case(**{**vars(ragged), "advantage": ragged.advantage.repeat_interleave(torch.tensor([2, 0, 3]))})
+    spread = replace(ragged, advantage=ragged.advantage.repeat_interleave(torch.tensor([2, 0, 3])))
     assert_same(run(ragged, LossConfig())[0], run(spread, LossConfig())[0])
 
 

@@ -55,6 +55,8 @@ def test_messages_do_not_get_each_others_keys(tiny_tokenizer: Any) -> None:
     source = source_of([{"prompt": CHAT}, {"prompt": named}], tiny_tokenizer)
     assert source[0].content == CHAT
     assert source[1].content == named
+    silent = [*CHAT, {"role": "assistant", "content": None, "calls": ["f"]}, {"role": "tool", "content": "3"}]
+    assert source_of([{"prompt": silent}], tiny_tokenizer)[0].content == silent
 
 
 def test_assistants_message_is_continued(tiny_tokenizer: Any) -> None:

@@ -92,6 +92,8 @@ def test_gsm8k_wrong_answers_score_0(reward, gsm8k):
         ("72", r"\boxed{}", 0.0),
         ("72", r"\boxed{\frac{}", 0.0),
         ("72", "####", 0.0),
+        ("72", rf"\boxed{{{'9' * 6000}}}", 0.0),
+        ("72", "9" * 6000, 0.0),
     ],
 )
 def test_forms(gold, completion, verdict):

@@ -13,11 +13,13 @@ def group_advantages_reference(rewards: Tensor, group_index: Tensor, baseline: s
     """
     order = torch.argsort(group_index, stable=True)
     _, group, size = torch.unique_consecutive(group_index[order], return_inverse=True, return_counts=True)
+    offsets = torch.cat([size.new_zeros(1), size.cumsum(0)])
     reward = rewards[order].double()
     valid = ~reward.isnan()
 
     def per_group(values: Tensor, reduce: str) -> Tensor:
-        return torch.segment_reduce(values, reduce, lengths=size)[group]
+        initial = {"sum": 0.0, "min": torch.inf, "max": -torch.inf}[reduce]
+        return torch.segment_reduce(values, reduce, offsets=offsets, initial=initial)[group]
 
     count = per_group(valid.double(), "sum")
     mean = per_group(torch.where(valid, reward, 0), "sum") / count.clamp(min=1)

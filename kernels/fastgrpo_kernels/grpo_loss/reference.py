@@ -91,8 +91,8 @@ def entropy_quantile(entropy: Tensor, trained: Tensor, q: float) -> Tensor:
     last = (trained.sum() - 1).clamp(min=0)
     position = q * last.double()
     below = position.floor().long()
-    above = torch.minimum(below + 1, last)
-    return torch.lerp(ordered[below], ordered[above], (position - below).to(ordered.dtype))
+    around = ordered.gather(0, torch.stack([below, torch.minimum(below + 1, last)]))
+    return torch.lerp(around[0], around[1], (position - below).to(ordered.dtype))
 
 
 def by_sign(positive: Tensor, if_positive: float, otherwise: float, like: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from fastgrpo_kernels import group_advantages
 from torch import Tensor
 
 from fastgrpo.config import GRPOConfig
 from fastgrpo.records import Rollout
+from fastgrpo_kernels import group_advantages
 
 _EPS = 1e-4  # added to every standard deviation divided by, as TRL does
 

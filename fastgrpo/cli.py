@@ -38,7 +38,12 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"fastgrpo {__version__}")
         return 0
-    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "report": _report, "doctor": _doctor}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "report": _report,
+        "doctor": _doctor,
+    }
     if argv[0] not in commands:
         print(f"fastgrpo: error: unknown command {argv[0]!r}{nearest(argv[0], list(commands))}", file=sys.stderr)
         return 2

@@ -28,19 +28,70 @@ if TYPE_CHECKING:
 
 # Options that may differ when a run goes on: they change neither data, samples nor gradients of the steps to come.
 FREE_ON_RESUME = frozenset(
-    """allow_config_change overwrite_output_dir output_dir run_name report_to log_completions disable_progress max_steps
-    num_train_epochs num_threads eval_steps eval_on_start eval_on_end save_steps save_total_limit reward_timeout
-    max_skipped_steps""".split()
+    [
+        "allow_config_change",
+        "overwrite_output_dir",
+        "output_dir",
+        "run_name",
+        "report_to",
+        "log_completions",
+        "disable_progress",
+        "max_steps",
+        "num_train_epochs",
+        "num_threads",
+        "eval_steps",
+        "eval_on_start",
+        "eval_on_end",
+        "save_steps",
+        "save_total_limit",
+        "reward_timeout",
+        "max_skipped_steps",
+    ]
 )
 
-_POSITIVE = """num_prompts_per_step num_generations max_completion_length temperature rollout_batch_size
-    dynamic_sampling_max_rounds reward_timeout num_iterations num_minibatches max_tokens_per_microbatch adam_epsilon
-    max_skipped_steps eval_num_generations lora_r lora_alpha ref_model_sync_steps sapo_temperature_pos
-    sapo_temperature_neg num_train_epochs sampling_clip_max num_threads max_prompt_length eval_max_prompts
-    eval_temperature eval_max_completion_length save_total_limit delta""".split()
-_NOT_NEGATIVE = """seed learning_rate warmup_steps weight_decay max_grad_norm eval_steps save_steps beta
-    epsilon epsilon_high sampling_clip_min""".split()
-_SHARES = "adam_beta1 adam_beta2 min_lr_ratio ref_model_mixup_alpha lora_dropout".split()
+_POSITIVE = [
+    "num_prompts_per_step",
+    "num_generations",
+    "max_completion_length",
+    "temperature",
+    "rollout_batch_size",
+    "dynamic_sampling_max_rounds",
+    "reward_timeout",
+    "num_iterations",
+    "num_minibatches",
+    "max_tokens_per_microbatch",
+    "adam_epsilon",
+    "max_skipped_steps",
+    "eval_num_generations",
+    "lora_r",
+    "lora_alpha",
+    "ref_model_sync_steps",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "num_train_epochs",
+    "sampling_clip_max",
+    "num_threads",
+    "max_prompt_length",
+    "eval_max_prompts",
+    "eval_temperature",
+    "eval_max_completion_length",
+    "save_total_limit",
+    "delta",
+]
+_NOT_NEGATIVE = [
+    "seed",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "eval_steps",
+    "save_steps",
+    "beta",
+    "epsilon",
+    "epsilon_high",
+    "sampling_clip_min",
+]
+_SHARES = ["adam_beta1", "adam_beta2", "min_lr_ratio", "ref_model_mixup_alpha", "lora_dropout"]
 
 
 class ConfigError(ValueError):
@@ -85,19 +136,26 @@ class GRPOConfig(
                 f"num_generations={self.num_generations}: a group needs 2 or more for advantage_baseline={self.advantage_baseline}"
             )
         if self.advantage_baseline == "none" and self.scale_rewards == "group":
-            raise ConfigError('scale_rewards=group needs a baseline; with advantage_baseline=none use "batch" or "none"')
-        if self.num_prompts_per_step % self.num_minibatches:
             raise ConfigError(
-                f"num_minibatches={self.num_minibatches} must divide num_prompts_per_step={self.num_prompts_per_step}"
+                'scale_rewards=group needs a baseline; with advantage_baseline=none use "batch" or "none"'
+            )
+        if self.num_minibatches > self.num_prompts_per_step:
+            raise ConfigError(
+                f"num_minibatches={self.num_minibatches} is more than num_prompts_per_step={self.num_prompts_per_step}: "
+                "groups stay whole"
             )
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ConfigError("epsilon_high must be given for loss_type=cispo (the cap of the ratio, such as 5.0)")
         if self.loss_type == "vespo" and self.sampling_correction.startswith("sequence"):
-            raise ConfigError("sampling_correction must be none or a token mode for loss_type=vespo")
+            raise ConfigError(
+                "sampling_correction must be none or a token mode, not a sequence mode, for loss_type=vespo"
+            )
         if self.sync_ref_model and self.beta == 0:
             raise ConfigError("sync_ref_model needs a reference model: set beta above 0")
         if self.sync_ref_model and self.use_peft:
-            raise ConfigError("sync_ref_model and use_peft exclude each other: the reference is the model without adapters")
+            raise ConfigError(
+                "sync_ref_model and use_peft exclude each other: the reference is the model without adapters"
+            )
         if self.sampling_clip_min is not None and self.sampling_clip_min > self.sampling_clip_max:
             raise ConfigError(
                 f"sampling_clip_min={self.sampling_clip_min} is above sampling_clip_max={self.sampling_clip_max}"

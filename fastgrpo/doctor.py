@@ -36,7 +36,10 @@ def _version(name: str) -> str | None:
 def _devices() -> list[str]:
     import torch
 
-    lines = ["devices", f"  cpu           {torch.get_num_threads()} threads, {sys.byteorder} endian, dtype float32 by default"]
+    lines = [
+        "devices",
+        f"  cpu           {torch.get_num_threads()} threads, {sys.byteorder} endian, dtype float32 by default",
+    ]
     if not torch.cuda.is_available():
         return [*lines, "  gpu           none found: everything runs on the CPU, for small models only"]
     for i in range(torch.cuda.device_count()):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fastgrpo_kernels import LossConfig, LossOutput, linear_grpo_loss
 from torch import Tensor
 
 from fastgrpo.records import Denominators, LMHead, PackedBatch
+from fastgrpo_kernels import LossConfig, LossOutput, linear_grpo_loss
 
 
 def policy_loss(

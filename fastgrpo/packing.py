@@ -23,9 +23,7 @@ def denominators(rollouts: list[Rollout], *, mask_truncated: bool) -> Denominato
 
 def select(rollouts: list[Rollout], *, mask_truncated: bool, skip_zero: bool) -> list[Rollout]:
     """The completions that must be computed. `skip_zero` drops those of zero advantage; only when that is exact."""
-    return [
-        r for r in rollouts if trains(r, mask_truncated=mask_truncated) and not (skip_zero and r.advantage == 0.0)
-    ]
+    return [r for r in rollouts if trains(r, mask_truncated=mask_truncated) and not (skip_zero and r.advantage == 0.0)]
 
 
 def pack(rollouts: list[Rollout], *, max_tokens: int) -> list[PackedBatch]:

@@ -1,10 +1,10 @@
 """What a checkpoint of a run holds, and how a run takes it up again.
 
-    model/                  a Hugging Face folder (adapters for PEFT), tokenizer included
-    optimizer.safetensors   AdamW's moments, and fp32 master weights where the model is a 16-bit one
-    reference.safetensors   only when the reference model moves (sync_ref_model)
-    rollouts.safetensors    the rollout batch in use, when it serves more steps
-    state.json              counters, random generators, the rest of the above
+model/                  a Hugging Face folder (adapters for PEFT), tokenizer included
+optimizer.safetensors   AdamW's moments, and fp32 master weights where the model is a 16-bit one
+reference.safetensors   only when the reference model moves (sync_ref_model)
+rollouts.safetensors    the rollout batch in use, when it serves more steps
+state.json              counters, random generators, the rest of the above
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def read_snapshot(
         reference.load_weights(load_tensors(folder / "reference.safetensors"))
     pending = None
     if "batch" in contents:
-        rollouts = unpack_rollouts(load_tensors(folder / "rollouts.safetensors"), contents["rollouts"], source.__getitem__)
+        rollouts = unpack_rollouts(
+            load_tensors(folder / "rollouts.safetensors"), contents["rollouts"], source.__getitem__
+        )
         pending = RolloutBatch(rollouts, **contents["batch"])
     set_rng_state(contents["rng"])
     return TrainState(**contents["state"]), pending

@@ -178,7 +178,11 @@ class GRPOTrainer:
                 f"its rollouts are kept in {kept}"
             )
         self.pending = batch if batch.used < self.config.steps_per_batch else None
-        if self.reference is not None and self.config.sync_ref_model and state.step % self.config.ref_model_sync_steps == 0:
+        if (
+            self.reference is not None
+            and self.config.sync_ref_model
+            and state.step % self.config.ref_model_sync_steps == 0
+        ):
             self.reference.mix(self.config.ref_model_mixup_alpha)
         self.engine.sync(self.policy)
         counters = {"skipped_steps": state.skipped_steps, "num_tokens": state.num_tokens}
@@ -360,7 +364,7 @@ class GRPOTrainer:
 
     def _options(self) -> dict[str, Any]:
         """The task and all options as plain values: config.yaml. Python objects stand there by what they are called."""
-        task = {name: _plain(value) for name, value in self._task.items()}
+        task = {name: _plain(value) for name, value in self._task.items() if value is not None or name != "peft_config"}
         task["reward_funcs"] = [
             {k: _plain(v) for k, v in spec.items()} if isinstance(spec, dict) else _plain(spec)
             for spec in self._task["reward_funcs"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 import torch
-from fastgrpo_kernels import LossOutput
 from torch import Tensor
 
 from fastgrpo import packing
@@ -14,6 +13,7 @@ from fastgrpo.loss import policy_loss
 from fastgrpo.optim import Optimizer
 from fastgrpo.policy import Policy, Reference
 from fastgrpo.records import Denominators, PackedBatch, Rollout, RolloutBatch
+from fastgrpo_kernels import LossOutput
 
 
 class Updater:
@@ -73,9 +73,7 @@ class Updater:
         return metrics, applied
 
     def _select(self, rollouts: list[Rollout]) -> list[Rollout]:
-        return packing.select(
-            rollouts, mask_truncated=self.config.mask_truncated_completions, skip_zero=self.skip_zero
-        )
+        return packing.select(rollouts, mask_truncated=self.config.mask_truncated_completions, skip_zero=self.skip_zero)
 
     def _backward(
         self, packed: PackedBatch, chosen: list[Rollout], whole: Denominators, threshold: float | None

@@ -154,9 +154,7 @@ def _attention_forward(
         return _softcapped(query, key, value, visible, scaling, dropout, softcap).transpose(1, 2), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 def register() -> str:

@@ -114,7 +114,9 @@ class Policy:
             return
         saved = type(self.causal_lm).from_pretrained(folder, dtype=self.dtype).state_dict()
         own = self.causal_lm.state_dict()
-        wrong = sorted(n for n in own.keys() | saved.keys() if n not in own or n not in saved or own[n].shape != saved[n].shape)
+        wrong = sorted(
+            n for n in own.keys() | saved.keys() if n not in own or n not in saved or own[n].shape != saved[n].shape
+        )
         if wrong:
             raise ValueError(f"{folder} holds another model than this run's: {', '.join(wrong[:3])} differ")
         for name, tensor in own.items():

@@ -130,7 +130,9 @@ class CallExecutor:
         except CancelledError as error:
             return Outcome(error=error)
         except TimeoutError:
-            pass
+            return self._abandon_async(call)
+
+    def _abandon_async(self, call: Call) -> Outcome:
         reason = "it ignored its cancellation"
         if self._loop is not None and not self._loop.responds():
             reason = f"the event loop is blocked (blocking code inside async def?){_where(self._loop.thread)}"

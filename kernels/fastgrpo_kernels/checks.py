@@ -30,7 +30,7 @@ def check_tensor(
     """
     expected = "float16, bfloat16, float32 or float64" if dtype is None else str(dtype).removeprefix("torch.")
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a {expected} tensor of shape {layout}, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a tensor of shape {layout} and dtype {expected}, got {type(value).__name__}")
     if value.dtype not in (FLOAT_DTYPES if dtype is None else (dtype,)):
         raise TypeError(f"{name}: expected dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
     if value.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, value.shape, strict=True)):

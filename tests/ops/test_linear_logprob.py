@@ -150,7 +150,7 @@ def test_bad_inputs() -> None:
         linear_logprob(hidden, weight[:0], target)
     with pytest.raises(ValueError, match=r"bias: expected shape \[V\] = \[17\], got \[16\]"):
         linear_logprob(hidden, weight, target, bias=bias[:16])
-    with pytest.raises(TypeError, match=r"hidden: expected a .* tensor of shape \[N, D\], got list"):
+    with pytest.raises(TypeError, match=r"hidden: expected a tensor of shape \[N, D\] and dtype .*, got list"):
         linear_logprob(hidden.tolist(), weight, target)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="weight: expected a tensor on cpu, got one on meta"):
         linear_logprob(hidden, weight.to("meta"), target)

@@ -73,7 +73,11 @@ def call(**changes: Any) -> None:
             r"advantage: expected shape \[S\] = \[2\] or \[N\] = \[4\], got \[3\]",
         ),
         ({"advantage": torch.zeros(2, 2)}, ValueError, r"advantage: expected shape .* got \[2, 2\]"),
-        ({"advantage": 1.0}, TypeError, r"advantage: expected a .* tensor of shape \[S\] or \[N\], got float"),
+        (
+            {"advantage": 1.0},
+            TypeError,
+            r"advantage: expected a tensor of shape \[S\] or \[N\] and dtype .*, got float",
+        ),
         ({"advantage": torch.zeros(2).int()}, TypeError, "advantage: expected dtype float16, .* got int32"),
         (
             {"advantage": torch.zeros(2, device="meta")},
@@ -86,7 +90,11 @@ def call(**changes: Any) -> None:
             r"advantage.rewards: expected shape \[S\] = \[2\], got \[3\]",
         ),
         ({"cu_seqlens": torch.tensor([0, 1, 4])}, TypeError, "cu_seqlens: expected dtype int32, got int64"),
-        ({"cu_seqlens": [0, 1, 4]}, TypeError, r"cu_seqlens: expected a int32 tensor of shape \[S\+1\], got list"),
+        (
+            {"cu_seqlens": [0, 1, 4]},
+            TypeError,
+            r"cu_seqlens: expected a tensor of shape \[S\+1\] and dtype int32, got list",
+        ),
         (
             {"cu_seqlens": torch.tensor([0, 1, 5]).int()},
             ValueError,

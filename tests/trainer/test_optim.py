@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from fastgrpo.config import GRPOConfig
 from fastgrpo.optim import Optimizer, learning_rate
 

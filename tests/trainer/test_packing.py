@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 
 import torch
-from fastgrpo.packing import denominators, pack, select, split_minibatches
-from fastgrpo.records import Prompt, Rollout
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastgrpo.packing import denominators, pack, select, split_minibatches
+from fastgrpo.records import Prompt, Rollout
 
 
 def _rollout(i: int, prompt: int, completion: int, **fields: object) -> Rollout:
     ids = list(range(100 * i, 100 * i + prompt + completion))
     made = Rollout(
-        Prompt(i, "", ids[:prompt]), i // 2, ids[prompt:], -torch.arange(1.0, completion + 1) - i, finished=True, reward=1.0
+        Prompt(i, "", ids[:prompt]),
+        i // 2,
+        ids[prompt:],
+        -torch.arange(1.0, completion + 1) - i,
+        finished=True,
+        reward=1.0,
     )
     for name, value in fields.items():
         setattr(made, name, value)
@@ -43,7 +49,9 @@ def test_every_token_once_in_its_place_within_the_budget(lengths: list[tuple[int
             assert batch.target[rows].tolist() == r.token_ids
             # The row before each scored token predicts it.
             assert batch.input_ids[batch.predictor_index[rows] + 1].tolist() == r.token_ids
-            assert batch.predictor_index[rows].tolist() == list(range(start + len(r.prompt.token_ids) - 1, start + size - 1))
+            assert batch.predictor_index[rows].tolist() == list(
+                range(start + len(r.prompt.token_ids) - 1, start + size - 1)
+            )
             assert batch.sampling_logprob is not None
             assert torch.equal(batch.sampling_logprob[rows], r.sampling_logprob)
             assert batch.advantage[k] == r.advantage

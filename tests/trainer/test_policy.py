@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
 from fastgrpo.config import GRPOConfig
 from fastgrpo.packing import pack
 from fastgrpo.policy import Policy, Reference, load_policy
@@ -33,7 +34,10 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 8}),
     "mistral-sliding": ("Mistral", {"sliding_window": 3}),
-    "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+    ),
     "gemma3": ("Gemma3", {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}),
     "granite": ("Granite", {"logits_scaling": 4.0, "embedding_multiplier": 2.0}),
     "cohere": ("Cohere", {"logit_scale": 0.25}),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fastgrpo.config import GRPOConfig
 from fastgrpo.packing import pack
 from fastgrpo.policy import Policy, load_policy
@@ -73,9 +74,7 @@ def test_further_stop_tokens(policy: Policy) -> None:
 
 def test_a_seed_repeats_and_another_differs(policy: Policy) -> None:
     prompts = _prompts(policy, "ab", "cdef")
-    first, again, other = (
-        _tokens(_engine(policy).generate(prompts, 8, Sampling(12, seed=s))) for s in (5, 5, 6)
-    )
+    first, again, other = (_tokens(_engine(policy).generate(prompts, 8, Sampling(12, seed=s))) for s in (5, 5, 6))
     assert first == again
     assert first != other
 
@@ -118,9 +117,7 @@ def test_rows_that_ended_leave_without_changing_the_others(policy: Policy, monke
     rollouts = _engine(policy).generate(_prompts(policy, "ab", "c"), 32, Sampling(60, 1.5, 2, (5, 6, 7)))
     assert shrunk
     for batch in pack(rollouts, max_tokens=1000):
-        torch.testing.assert_close(
-            batch.sampling_logprob, policy.logprobs(batch, 1.5)[0], rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(batch.sampling_logprob, policy.logprobs(batch, 1.5)[0], rtol=0, atol=1e-5)
 
 
 def test_training_mode_is_left_and_restored(tiny_model_dir: Path) -> None:

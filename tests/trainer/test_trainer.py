@@ -11,58 +11,15 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from fastgrpo import ConfigError, GRPOConfig, GRPOTrainer
+from runs import ROWS, digits, make_trainer, read_lines
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from fastgrpo import ConfigError
 from fastgrpo.errors import RunError
 from fastgrpo.records import Rollout
 from fastgrpo.rewards import AllRewardsFailed
 from fastgrpo.state import CheckpointError
 from fastgrpo.trainer import NonFiniteGradients
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-
-_ROWS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(6) for b in range(6)]
-
-
-def digits(completions: list[str], **_: Any) -> list[float]:
-    """Dense enough for a random model: the share of digits."""
-    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
-
-
-def _trainer(model: Any, folder: Path, reward: Any = digits, **options: Any) -> GRPOTrainer:
-    given = {k: options.pop(k) for k in ("eval_dataset", "callbacks", "processing_class", "train_dataset") if k in options}
-    base = {
-        "output_dir": str(folder / "run"),
-        "max_steps": 4,
-        "num_prompts_per_step": 4,
-        "num_generations": 4,
-        "max_completion_length": 8,
-        "learning_rate": 1e-3,
-        "report_to": [],
-        "disable_progress": True,
-        "num_threads": 1,
-        "save_steps": 2,
-    }
-    model = str(model) if isinstance(model, Path) else model
-    return GRPOTrainer(model, reward, GRPOConfig(**{**base, **options}), **{"train_dataset": _ROWS, **given})
-
-
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-
-
-def _timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
-
-
-def _final_weights(folder: Path, step: int = 4) -> dict[str, torch.Tensor]:
-    path = folder / "run" / "checkpoints" / f"step-{step:08d}" / "model"
-    return AutoModelForCausalLM.from_pretrained(path).state_dict()
-
-
-def _assert_same_run(a: Path, b: Path, step: int = 4) -> None:
-    assert _timeless(_lines(a)) == _timeless(_lines(b))
-    mine, theirs = _final_weights(a, step), _final_weights(b, step)
-    for name, tensor in mine.items():
-        assert torch.equal(tensor, theirs[name]), name
 
 
 class TestWhatARunWrites:
@@ -70,24 +27,55 @@ class TestWhatARunWrites:
     @classmethod
     def run(cls, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = tmp_path_factory.mktemp("whole")
-        trainer = _trainer(
-            tiny_model_dir, folder, eval_dataset=_ROWS[:5], eval_steps=2, eval_num_generations=2, report_to=["tensorboard"]
+        trainer = make_trainer(
+            tiny_model_dir,
+            folder,
+            eval_dataset=ROWS[:5],
+            eval_steps=2,
+            eval_num_generations=2,
+            report_to=["tensorboard"],
         )
         state = trainer.train()
         assert state.step == 4
         return folder
 
     def test_metrics_have_the_names_users_know(self, run: Path) -> None:
-        lines = _lines(run)
+        lines = read_lines(run)
         assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
         assert all(next(iter(line)) == "step" for line in lines)
-        expected = """loss policy_loss entropy grad_norm lr reward reward_std frac_reward_zero_std rewards/digits/mean
-            rewards/digits/std rewards/digits/failed completions/mean_length completions/min_length completions/max_length
-            completions/clipped_ratio clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean
-            sampling/sampling_logp_difference/mean sampling/sampling_logp_difference/max
-            sampling/importance_sampling_ratio/min sampling/importance_sampling_ratio/mean
-            sampling/importance_sampling_ratio/max num_tokens perf/tokens_per_second perf/step_time perf/rollout_time
-            perf/reward_time perf/update_time perf/peak_memory_gb perf/skipped_token_fraction""".split()
+        expected = [
+            "loss",
+            "policy_loss",
+            "entropy",
+            "grad_norm",
+            "lr",
+            "reward",
+            "reward_std",
+            "frac_reward_zero_std",
+            "rewards/digits/mean",
+            "rewards/digits/std",
+            "rewards/digits/failed",
+            "completions/mean_length",
+            "completions/min_length",
+            "completions/max_length",
+            "completions/clipped_ratio",
+            "clip_ratio/low_mean",
+            "clip_ratio/high_mean",
+            "clip_ratio/region_mean",
+            "sampling/sampling_logp_difference/mean",
+            "sampling/sampling_logp_difference/max",
+            "sampling/importance_sampling_ratio/min",
+            "sampling/importance_sampling_ratio/mean",
+            "sampling/importance_sampling_ratio/max",
+            "num_tokens",
+            "perf/tokens_per_second",
+            "perf/step_time",
+            "perf/rollout_time",
+            "perf/reward_time",
+            "perf/update_time",
+            "perf/peak_memory_gb",
+            "perf/skipped_token_fraction",
+        ]
         for line in lines[1:]:
             assert not [name for name in expected if name not in line]
         assert {"eval/reward", "eval/accuracy", "eval/avg@2", "eval/pass@2"} <= lines[0].keys()
@@ -121,101 +109,18 @@ class TestWhatARunWrites:
         assert list((run / "run" / "tensorboard").glob("events*"))
 
     def test_the_reward_rises_over_a_longer_run(self, tiny_model_dir: Path, tmp_path: Path) -> None:
-        _trainer(tiny_model_dir, tmp_path, max_steps=25, learning_rate=1e-2, num_generations=8).train()
-        rewards = [line["reward"] for line in _lines(tmp_path)]
+        make_trainer(tiny_model_dir, tmp_path, max_steps=25, learning_rate=1e-2, num_generations=8).train()
+        rewards = [line["reward"] for line in read_lines(tmp_path)]
         assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
 
     def test_running_it_again_changes_nothing(self, run: Path, tiny_model_dir: Path) -> None:
         before = {p: p.read_bytes() for p in (run / "run").rglob("*") if p.is_file() and "tensorboard" not in str(p)}
-        trainer = _trainer(
-            tiny_model_dir, run, eval_dataset=_ROWS[:5], eval_steps=2, eval_num_generations=2, report_to=["tensorboard"]
+        trainer = make_trainer(
+            tiny_model_dir, run, eval_dataset=ROWS[:5], eval_steps=2, eval_num_generations=2, report_to=["tensorboard"]
         )
         assert trainer.train().step == 4
         after = {p: p.read_bytes() for p in (run / "run").rglob("*") if p.is_file() and "tensorboard" not in str(p)}
         assert before == after
-
-
-class TestResume:
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {},
-            {"num_iterations": 2, "num_minibatches": 2, "save_steps": 3, "beta": 0.05},
-            {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1},
-            {"use_peft": True, "lora_r": 2, "lora_dropout": 0.2, "beta": 0.1},
-            {"dtype": "bfloat16", "save_steps": 1},
-            {"dynamic_sampling": True, "dynamic_sampling_max_rounds": 2, "lr_scheduler_type": "cosine"},
-        ],
-        ids=["plain", "pending-rollouts", "moving-reference", "lora-dropout", "bf16", "dynamic"],
-    )
-    def test_a_run_in_two_parts_is_bitwise_the_run_in_one(
-        self, options: dict[str, Any], tiny_model_dir: Path, tmp_path: Path
-    ) -> None:
-        whole, parts = tmp_path / "whole", tmp_path / "parts"
-        _trainer(tiny_model_dir, whole, **options).train()
-
-        class StopAt(TrainerCallback):
-            def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                raise InterruptedError
-
-        with pytest.raises(InterruptedError):
-            _trainer(tiny_model_dir, parts, callbacks=[StopAt()], **options).train()
-        torch.manual_seed(999)  # whatever happened in between must not matter
-        assert _trainer(tiny_model_dir, parts, **options).train().step == 4
-        if "use_peft" in options:
-            assert _timeless(_lines(whole)) == _timeless(_lines(parts))
-        else:
-            _assert_same_run(whole, parts)
-
-    def test_the_same_seed_gives_the_same_run_and_another_seed_another(self, tiny_model_dir: Path, tmp_path: Path) -> None:
-        for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-            _trainer(tiny_model_dir, tmp_path / name, seed=seed).train()
-        _assert_same_run(tmp_path / "a", tmp_path / "b")
-        assert _timeless(_lines(tmp_path / "a")) != _timeless(_lines(tmp_path / "c"))
-
-    def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
-        self, tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        whole, damaged = tmp_path / "whole", tmp_path / "damaged"
-        _trainer(tiny_model_dir, whole).train()
-        _trainer(tiny_model_dir, damaged).train()
-        victim = damaged / "run" / "checkpoints" / "step-00000004" / "optimizer.safetensors"
-        data = bytearray(victim.read_bytes())
-        data[len(data) // 2] ^= 1
-        victim.write_bytes(bytes(data))
-        assert _trainer(tiny_model_dir, damaged).train().step == 4
-        assert "step-00000004" in caplog.text
-        assert "optimizer.safetensors" in caplog.text
-        _assert_same_run(whole, damaged)
-
-    def test_from_a_given_checkpoint(self, tiny_model_dir: Path, tmp_path: Path) -> None:
-        _trainer(tiny_model_dir, tmp_path / "a").train()
-        start = tmp_path / "a" / "run" / "checkpoints" / "step-00000002"
-        _trainer(tiny_model_dir, tmp_path / "b").train(resume=str(start))
-        assert _timeless(_lines(tmp_path / "b")) == _timeless(_lines(tmp_path / "a"))[2:]
-        with pytest.raises(CheckpointError, match="does not exist"):
-            _trainer(tiny_model_dir, tmp_path / "c").train(resume=str(tmp_path / "nowhere"))
-
-    def test_more_steps_go_on_and_another_config_is_refused(self, tiny_model_dir: Path, tmp_path: Path) -> None:
-        _trainer(tiny_model_dir, tmp_path).train()
-        assert _trainer(tiny_model_dir, tmp_path, max_steps=6).train().step == 6
-        assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
-        with pytest.raises(ConfigError, match=r"holds another run \(learning_rate: 0.001 -> 0.002\)"):
-            _trainer(tiny_model_dir, tmp_path, max_steps=6, learning_rate=2e-3).train()
-        with pytest.raises(ConfigError, match="holds a run"):
-            _trainer(tiny_model_dir, tmp_path).train(resume="never")
-        assert len(_lines(tmp_path)) == 6
-        _trainer(tiny_model_dir, tmp_path, max_steps=8, learning_rate=2e-3, allow_config_change=True).train()
-        assert len(_lines(tmp_path)) == 8
-        _trainer(tiny_model_dir, tmp_path, max_steps=2, overwrite_output_dir=True).train(resume="never")
-        assert [line["step"] for line in _lines(tmp_path)] == [1, 2]
-
-    def test_other_data_under_pending_rollouts_is_refused(self, tiny_model_dir: Path, tmp_path: Path) -> None:
-        options = {"num_iterations": 2, "save_steps": 1, "max_steps": 1}
-        _trainer(tiny_model_dir, tmp_path, **options).train()
-        with pytest.raises(CheckpointError, match="is not what it was"):
-            rows = [{"prompt": "x" + r["prompt"], "answer": r["answer"]} for r in _ROWS]
-            _trainer(tiny_model_dir, tmp_path, **{**options, "max_steps": 4}, train_dataset=rows).train()
 
 
 class TestRewards:
@@ -223,8 +128,8 @@ class TestRewards:
         def sometimes(completions: list[str], **_: Any) -> list[float | None]:
             return [None if i % 4 == 0 else float(i % 2) for i in range(len(completions))]
 
-        _trainer(tiny_model_dir, tmp_path, sometimes).train()
-        for line in _lines(tmp_path):
+        make_trainer(tiny_model_dir, tmp_path, sometimes).train()
+        for line in read_lines(tmp_path):
             assert line["rewards/sometimes/failed"] == 4
             assert line["reward"] == pytest.approx(2 / 3)
 
@@ -233,20 +138,28 @@ class TestRewards:
             raise KeyError("no such thing")
 
         with pytest.raises(AllRewardsFailed, match="broken.*no such thing"):
-            _trainer(tiny_model_dir, tmp_path, broken).train()
+            make_trainer(tiny_model_dir, tmp_path, broken).train()
 
     def test_columns_state_and_metrics_reach_the_reward(self, tiny_model_dir: Path, tmp_path: Path) -> None:
         seen: list[Any] = []
 
-        async def reward(prompts: Any, completions: Any, completion_ids: Any, answer: Any, trainer_state: Any, log_metric: Any, **columns: Any) -> list[float]:
+        async def reward(
+            prompts: Any,
+            completions: Any,
+            completion_ids: Any,
+            answer: Any,
+            trainer_state: Any,
+            log_metric: Any,
+            **columns: Any,
+        ) -> list[float]:
             seen.append((prompts[0], answer[0], trainer_state.global_step, sorted(columns)))
             log_metric("mine", 7.0)
             return [float(len(ids)) for ids in completion_ids]
 
-        _trainer(tiny_model_dir, tmp_path, reward).train()
+        make_trainer(tiny_model_dir, tmp_path, reward).train()
         assert [s[2] for s in seen] == [0, 1, 2, 3]
         assert all(eval(p.removesuffix("=")) == int(a) for p, a, _, _ in seen)
-        assert all(line["mine"] == 7.0 for line in _lines(tmp_path))
+        assert all(line["mine"] == 7.0 for line in read_lines(tmp_path))
 
     def test_weights(self, tiny_model_dir: Path, tmp_path: Path) -> None:
         def one(completions: list[str], **_: Any) -> list[float]:
@@ -255,49 +168,51 @@ class TestRewards:
         def two(completions: list[str], **_: Any) -> list[float]:
             return [2.0] * len(completions)
 
-        _trainer(tiny_model_dir, tmp_path, [one, two], reward_weights=[1.0, 0.25]).train()
-        assert {line["reward"] for line in _lines(tmp_path)} == {1.5}
+        make_trainer(tiny_model_dir, tmp_path, [one, two], reward_weights=[1.0, 0.25]).train()
+        assert {line["reward"] for line in read_lines(tmp_path)} == {1.5}
         with pytest.raises(ConfigError, match="reward_weights has 1 entries, reward_funcs 2"):
-            _trainer(tiny_model_dir, tmp_path, [one, two], reward_weights=[1.0])
+            make_trainer(tiny_model_dir, tmp_path, [one, two], reward_weights=[1.0])
 
 
 class TestSampling:
-    def test_dynamic_sampling_fills_up_with_groups_that_carry_a_signal(self, tiny_model_dir: Path, tmp_path: Path) -> None:
+    def test_dynamic_sampling_fills_up_with_groups_that_carry_a_signal(
+        self, tiny_model_dir: Path, tmp_path: Path
+    ) -> None:
         def rare(completions: list[str], **_: Any) -> list[float]:
             return [float("1" in text) for text in completions]
 
         fractions = {}
         for dynamic in (False, True):
             folder = tmp_path / str(dynamic)
-            _trainer(tiny_model_dir, folder, rare, dynamic_sampling=dynamic, dynamic_sampling_max_rounds=6).train()
+            make_trainer(tiny_model_dir, folder, rare, dynamic_sampling=dynamic, dynamic_sampling_max_rounds=6).train()
             files = sorted((folder / "run" / "completions").iterdir())
             tables = [pyarrow.parquet.read_table(f).to_pylist() for f in files]
             assert all(len(t) == 16 for t in tables)
             assert all(len({r["group"] for r in t}) == 4 for t in tables)
             fractions[dynamic] = sum(r["advantage"] == 0 for t in tables for r in t)
         assert fractions[True] < fractions[False]
-        assert all(1 <= line["dynamic_sampling/rounds"] <= 6 for line in _lines(tmp_path / "True"))
+        assert all(1 <= line["dynamic_sampling/rounds"] <= 6 for line in read_lines(tmp_path / "True"))
 
     def test_dynamic_sampling_is_bounded(self, tiny_model_dir: Path, tmp_path: Path) -> None:
         def constant(completions: list[str], **_: Any) -> list[float]:
             return [0.5] * len(completions)
 
-        _trainer(tiny_model_dir, tmp_path, constant, dynamic_sampling=True, dynamic_sampling_max_rounds=3).train()
-        assert all(line["dynamic_sampling/rounds"] == 3 for line in _lines(tmp_path))
-        assert all(line["grad_norm"] == 0 for line in _lines(tmp_path))
+        make_trainer(tiny_model_dir, tmp_path, constant, dynamic_sampling=True, dynamic_sampling_max_rounds=3).train()
+        assert all(line["dynamic_sampling/rounds"] == 3 for line in read_lines(tmp_path))
+        assert all(line["grad_norm"] == 0 for line in read_lines(tmp_path))
 
     def test_long_prompts_are_skipped_and_counted_or_an_error(self, tiny_model_dir: Path, tmp_path: Path) -> None:
         rows = [{"prompt": "y" * (40 if i % 3 == 0 else 4)} for i in range(12)]
-        _trainer(tiny_model_dir, tmp_path, train_dataset=rows, max_prompt_length=20).train()
-        assert _lines(tmp_path)[-1]["data/skipped_prompts"] == 4
+        make_trainer(tiny_model_dir, tmp_path, train_dataset=rows, max_prompt_length=20).train()
+        assert read_lines(tmp_path)[-1]["data/skipped_prompts"] == 4
         with pytest.raises(ValueError, match="more than max_prompt_length=20"):
-            _trainer(
+            make_trainer(
                 tiny_model_dir, tmp_path / "b", train_dataset=rows, max_prompt_length=20, long_prompts="error"
             ).train()
 
     def test_completions_longer_than_the_context(self, tiny_model_dir: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="leaves no room for a prompt in the model's context of 512"):
-            _trainer(tiny_model_dir, tmp_path, max_completion_length=512).train()
+            make_trainer(tiny_model_dir, tmp_path, max_completion_length=512).train()
 
 
 class TestGradients:
@@ -317,8 +232,8 @@ class TestGradients:
 
         monkeypatch.setattr(Optimizer, "step", poisoned)
         with pytest.raises(NonFiniteGradients, match="3 steps in a row.*step 5"):
-            _trainer(tiny_model_dir, tmp_path, max_steps=9, max_skipped_steps=3).train()
-        lines = _lines(tmp_path)
+            make_trainer(tiny_model_dir, tmp_path, max_steps=9, max_skipped_steps=3).train()
+        lines = read_lines(tmp_path)
         assert [line["skipped_steps"] for line in lines] == [1, 1, 2, 3]
         assert lines[0]["grad_norm"] is None
         assert list((tmp_path / "run" / "failed").glob("*.parquet"))
@@ -352,8 +267,8 @@ class TestCallbacks:
             def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 events.append("end")
 
-        options = {"eval_dataset": _ROWS[:3], "eval_on_end": False, "save_steps": 0}
-        state = _trainer(tiny_model_dir, tmp_path, callbacks=[Recorder], **options).train()
+        options = {"eval_dataset": ROWS[:3], "eval_on_end": False, "save_steps": 0}
+        state = make_trainer(tiny_model_dir, tmp_path, callbacks=[Recorder], **options).train()
         assert state.step == 3
         assert events == ["begin", "step 1", "evaluate", "step 2", "step 3", "save", "end"]
 
@@ -361,31 +276,31 @@ class TestCallbacks:
 class TestBadInput:
     def test_no_reward_no_data(self, tiny_model_dir: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="reward_funcs is required"):
-            _trainer(tiny_model_dir, tmp_path, [])
+            make_trainer(tiny_model_dir, tmp_path, [])
         with pytest.raises(ConfigError, match="train_dataset is required"):
-            _trainer(tiny_model_dir, tmp_path, train_dataset=None).train()
+            make_trainer(tiny_model_dir, tmp_path, train_dataset=None).train()
         with pytest.raises(ValueError, match="empty|no rows"):
-            _trainer(tiny_model_dir, tmp_path, train_dataset=[]).train()
+            make_trainer(tiny_model_dir, tmp_path, train_dataset=[]).train()
         with pytest.raises(ValueError, match="prompt"):
-            _trainer(tiny_model_dir, tmp_path, train_dataset=[{"question": "x"}]).train()
+            make_trainer(tiny_model_dir, tmp_path, train_dataset=[{"question": "x"}]).train()
 
     def test_a_row_without_a_prompt(self, tiny_model_dir: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="row"):
-            _trainer(tiny_model_dir, tmp_path, train_dataset=[{"prompt": None}, {"prompt": "x"}]).train()
+            make_trainer(tiny_model_dir, tmp_path, train_dataset=[{"prompt": None}, {"prompt": "x"}]).train()
 
     def test_several_processes_are_refused(
         self, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("WORLD_SIZE", "2")
         with pytest.raises(ConfigError, match="WORLD_SIZE"):
-            _trainer(tiny_model_dir, tmp_path)
+            make_trainer(tiny_model_dir, tmp_path)
 
     def test_errors_of_a_run_are_run_errors(self) -> None:
         assert all(issubclass(e, RunError) for e in (AllRewardsFailed, CheckpointError, NonFiniteGradients))
 
 
 def test_evaluate_alone(tiny_model_dir: Path, tmp_path: Path) -> None:
-    metrics = _trainer(tiny_model_dir, tmp_path, eval_dataset=_ROWS[:4], eval_num_generations=3).evaluate()
+    metrics = make_trainer(tiny_model_dir, tmp_path, eval_dataset=ROWS[:4], eval_num_generations=3).evaluate()
     assert 0 <= metrics["eval/reward"] <= 1
     assert metrics["eval/pass@3"] >= metrics["eval/avg@3"]
     assert not (tmp_path / "run").exists()
@@ -399,8 +314,13 @@ def test_a_loaded_model_and_chat_prompts(helpers: Any, tmp_path: Path) -> None:
         seen.append((prompts[0], completions[0]))
         return digits([c[0]["content"] for c in completions])
 
-    trainer = _trainer(
-        helpers.make_model(), tmp_path, reward, train_dataset=rows, processing_class=helpers.make_tokenizer(), max_steps=2
+    trainer = make_trainer(
+        helpers.make_model(),
+        tmp_path,
+        reward,
+        train_dataset=rows,
+        processing_class=helpers.make_tokenizer(),
+        max_steps=2,
     )
     trainer.train()
     assert seen[0][0][0]["role"] == "user"

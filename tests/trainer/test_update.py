@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from fastgrpo.advantages import assign_advantages, group_signal
 from fastgrpo.collect import batch_metrics
 from fastgrpo.config import GRPOConfig
@@ -15,7 +17,6 @@ from fastgrpo.optim import Optimizer
 from fastgrpo.policy import Policy, Reference, load_policy
 from fastgrpo.records import Prompt, Rollout, RolloutBatch
 from fastgrpo.update import Updater
-from torch import Tensor
 
 _LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "reinforce"]
 
@@ -261,7 +262,9 @@ class TestAdvantages:
         assign_advantages(batch.rollouts, {"r": 1.0}, _config())
         a = [r.advantage for r in batch.rollouts]
         std = torch.tensor([1.0, 0, 0, 1]).std().item()
-        assert a[:4] == pytest.approx([0.5 / (std + 1e-4), -0.5 / (std + 1e-4)] * 1 + [-0.5 / (std + 1e-4), 0.5 / (std + 1e-4)])
+        assert a[:4] == pytest.approx(
+            [0.5 / (std + 1e-4), -0.5 / (std + 1e-4)] * 1 + [-0.5 / (std + 1e-4), 0.5 / (std + 1e-4)]
+        )
         assert a[5] == 0.0
         assert sum(a[4:8]) == pytest.approx(0.0, abs=1e-6)
         assert a[8:] == [0.0] * 4

@@ -1,0 +1,85 @@
+"""Options: types, ranges, combinations, help texts, and what may change between two parts of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+
+from fastgrpo.config import FREE_ON_RESUME, ConfigError, GRPOConfig, RunConfig, decisive_changes, nearest
+from fastgrpo.options import GROUPS, TaskOptions
+from fastgrpo_kernels import LossConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": -0.1}, "beta=-0.1 must be 0 or more"),
+        ({"temperature": 0}, "temperature=0.0 must be greater than 0"),
+        ({"seed": "a"}, "seed='a' must be of type int"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be of type float"),
+        ({"num_generations": True}, "num_generations=True must be of type int"),
+        ({"loss_type": "ppo"}, "loss_type='ppo' must be of type Literal"),
+        ({"stop_token_ids": ["x"]}, "stop_token_ids=.* must be of type list"),
+        ({"column_mapping": {"a": 1}}, "column_mapping=.* must be of type dict"),
+        ({"max_steps": 0}, "max_steps=0 must be -1 or greater than 0"),
+        ({"top_entropy_quantile": 0.0}, "top_entropy_quantile"),
+        ({"adam_beta1": 1.5}, "adam_beta1=1.5 must be between 0 and 1"),
+        ({"num_generations": 1}, "a group needs 2 or more"),
+        ({"advantage_baseline": "none"}, "scale_rewards=group needs a baseline"),
+        ({"num_minibatches": 9}, "num_minibatches=9 is more than num_prompts_per_step=8"),
+        ({"loss_type": "cispo"}, "epsilon_high must be given"),
+        ({"loss_type": "vespo", "sampling_correction": "sequence_mask"}, "token mode"),
+        ({"sync_ref_model": True}, "needs a reference model"),
+        ({"sync_ref_model": True, "beta": 0.1, "use_peft": True}, "exclude each other"),
+        ({"sampling_clip_min": 4.0}, "is above sampling_clip_max"),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GRPOConfig(**options)
+
+
+def test_whole_numbers_are_floats_where_floats_are_meant() -> None:
+    assert isinstance(GRPOConfig(learning_rate=1).learning_rate, float)
+
+
+def test_every_option_is_documented_once() -> None:
+    for group in (TaskOptions, *GROUPS):
+        documented = re.findall(r"^        (\w+): ", group.__doc__ or "", flags=re.MULTILINE)
+        assert documented == [f.name for f in dataclasses.fields(group)], group.__name__
+
+
+def test_the_groups_are_the_config_and_share_no_name() -> None:
+    names = [f.name for group in (TaskOptions, *GROUPS) for f in dataclasses.fields(group)]
+    assert len(names) == len(set(names))
+    assert set(names) == {f.name for f in dataclasses.fields(RunConfig)}
+    assert set(names) >= FREE_ON_RESUME
+
+
+def test_every_option_of_the_loss_has_the_same_name_and_default() -> None:
+    defaults = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
+    for field in dataclasses.fields(LossConfig):
+        if field.name != "max_completion_length":
+            assert defaults[field.name] == field.default, field.name
+    config = GRPOConfig(epsilon=0.3, max_completion_length=77)
+    assert config.loss_config() == LossConfig(epsilon=0.3, max_completion_length=77)
+
+
+def test_the_task_is_required() -> None:
+    with pytest.raises(ConfigError, match="model is required"):
+        RunConfig(train_dataset="x", reward_funcs=["exact_match"])
+    with pytest.raises(ConfigError, match="reward_funcs is required"):
+        RunConfig(model="x", train_dataset="x")
+
+
+def test_nearest_spelling() -> None:
+    assert nearest("learning_rat", ["beta", "learning_rate"]) == ", did you mean 'learning_rate'?"
+    assert nearest("zzz", ["beta"]) == ""
+
+
+def test_changes_that_decide_a_run() -> None:
+    old, new = GRPOConfig(), GRPOConfig(max_steps=9, save_steps=1, beta=0.1)
+    assert decisive_changes(old.to_dict(), new.to_dict()) == ["beta: 0.0 -> 0.1"]

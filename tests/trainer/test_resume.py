@@ -1,0 +1,99 @@
+"""A run in parts is the run in one piece, bit for bit; and what may not be continued."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import ROWS, assert_same_run, make_trainer, read_lines, timeless
+from transformers import TrainerCallback
+
+from fastgrpo import ConfigError
+from fastgrpo.state import CheckpointError
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"num_iterations": 2, "num_minibatches": 2, "save_steps": 3, "beta": 0.05},
+            {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1},
+            {"use_peft": True, "lora_r": 2, "lora_dropout": 0.2, "beta": 0.1},
+            {"dtype": "bfloat16", "save_steps": 1},
+            {"dynamic_sampling": True, "dynamic_sampling_max_rounds": 2, "lr_scheduler_type": "cosine"},
+        ],
+        ids=["plain", "pending-rollouts", "moving-reference", "lora-dropout", "bf16", "dynamic"],
+    )
+    def test_a_run_in_two_parts_is_bitwise_the_run_in_one(
+        self, options: dict[str, Any], tiny_model_dir: Path, tmp_path: Path
+    ) -> None:
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        make_trainer(tiny_model_dir, whole, **options).train()
+
+        class StopAt(TrainerCallback):
+            def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            make_trainer(tiny_model_dir, parts, callbacks=[StopAt()], **options).train()
+        torch.manual_seed(999)  # whatever happened in between must not matter
+        assert make_trainer(tiny_model_dir, parts, **options).train().step == 4
+        if "use_peft" in options:
+            assert timeless(read_lines(whole)) == timeless(read_lines(parts))
+        else:
+            assert_same_run(whole, parts)
+
+    def test_the_same_seed_gives_the_same_run_and_another_seed_another(
+        self, tiny_model_dir: Path, tmp_path: Path
+    ) -> None:
+        for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+            make_trainer(tiny_model_dir, tmp_path / name, seed=seed).train()
+        assert_same_run(tmp_path / "a", tmp_path / "b")
+        assert timeless(read_lines(tmp_path / "a")) != timeless(read_lines(tmp_path / "c"))
+
+    def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+        self, tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+        make_trainer(tiny_model_dir, whole).train()
+        make_trainer(tiny_model_dir, damaged).train()
+        victim = damaged / "run" / "checkpoints" / "step-00000004" / "optimizer.safetensors"
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(bytes(data))
+        assert make_trainer(tiny_model_dir, damaged).train().step == 4
+        assert "step-00000004" in caplog.text
+        assert "optimizer.safetensors" in caplog.text
+        assert_same_run(whole, damaged)
+
+    def test_from_a_given_checkpoint(self, tiny_model_dir: Path, tmp_path: Path) -> None:
+        make_trainer(tiny_model_dir, tmp_path / "a").train()
+        start = tmp_path / "a" / "run" / "checkpoints" / "step-00000002"
+        make_trainer(tiny_model_dir, tmp_path / "b").train(resume=str(start))
+        assert timeless(read_lines(tmp_path / "b")) == timeless(read_lines(tmp_path / "a"))[2:]
+        with pytest.raises(CheckpointError, match="does not exist"):
+            make_trainer(tiny_model_dir, tmp_path / "c").train(resume=str(tmp_path / "nowhere"))
+
+    def test_more_steps_go_on_and_another_config_is_refused(self, tiny_model_dir: Path, tmp_path: Path) -> None:
+        make_trainer(tiny_model_dir, tmp_path).train()
+        assert make_trainer(tiny_model_dir, tmp_path, max_steps=6).train().step == 6
+        assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+        with pytest.raises(ConfigError, match=r"holds another run \(learning_rate: 0.001 -> 0.002\)"):
+            make_trainer(tiny_model_dir, tmp_path, max_steps=6, learning_rate=2e-3).train()
+        with pytest.raises(ConfigError, match="holds a run"):
+            make_trainer(tiny_model_dir, tmp_path).train(resume="never")
+        assert len(read_lines(tmp_path)) == 6
+        make_trainer(tiny_model_dir, tmp_path, max_steps=8, learning_rate=2e-3, allow_config_change=True).train()
+        assert len(read_lines(tmp_path)) == 8
+        make_trainer(tiny_model_dir, tmp_path, max_steps=2, overwrite_output_dir=True).train(resume="never")
+        assert [line["step"] for line in read_lines(tmp_path)] == [1, 2]
+
+    def test_other_data_under_pending_rollouts_is_refused(self, tiny_model_dir: Path, tmp_path: Path) -> None:
+        options = {"num_iterations": 2, "save_steps": 1, "max_steps": 1}
+        make_trainer(tiny_model_dir, tmp_path, **options).train()
+        with pytest.raises(CheckpointError, match="is not what it was"):
+            rows = [{"prompt": "x" + r["prompt"], "answer": r["answer"]} for r in ROWS]
+            make_trainer(tiny_model_dir, tmp_path, **{**options, "max_steps": 4}, train_dataset=rows).train()

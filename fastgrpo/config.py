@@ -27,71 +27,25 @@ if TYPE_CHECKING:
     from fastgrpo_kernels import LossConfig
 
 # Options that may differ when a run goes on: they change neither data, samples nor gradients of the steps to come.
-FREE_ON_RESUME = frozenset(
-    [
-        "allow_config_change",
-        "overwrite_output_dir",
-        "output_dir",
-        "run_name",
-        "report_to",
-        "log_completions",
-        "disable_progress",
-        "max_steps",
-        "num_train_epochs",
-        "num_threads",
-        "eval_steps",
-        "eval_on_start",
-        "eval_on_end",
-        "save_steps",
-        "save_total_limit",
-        "reward_timeout",
-        "max_skipped_steps",
-    ]
-)
+FREE_ON_RESUME = {
+    *("output_dir", "overwrite_output_dir", "allow_config_change", "run_name", "report_to", "log_completions"),
+    *("disable_progress", "max_steps", "num_train_epochs", "num_threads", "eval_steps", "eval_on_start", "eval_on_end"),
+    *("save_steps", "save_total_limit", "reward_timeout", "max_skipped_steps"),
+}
 
-_POSITIVE = [
-    "num_prompts_per_step",
-    "num_generations",
-    "max_completion_length",
-    "temperature",
-    "rollout_batch_size",
-    "dynamic_sampling_max_rounds",
-    "reward_timeout",
-    "num_iterations",
-    "num_minibatches",
-    "max_tokens_per_microbatch",
-    "adam_epsilon",
-    "max_skipped_steps",
-    "eval_num_generations",
-    "lora_r",
-    "lora_alpha",
-    "ref_model_sync_steps",
-    "sapo_temperature_pos",
-    "sapo_temperature_neg",
-    "num_train_epochs",
-    "sampling_clip_max",
-    "num_threads",
-    "max_prompt_length",
-    "eval_max_prompts",
-    "eval_temperature",
-    "eval_max_completion_length",
-    "save_total_limit",
-    "delta",
-]
-_NOT_NEGATIVE = [
-    "seed",
-    "learning_rate",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "eval_steps",
-    "save_steps",
-    "beta",
-    "epsilon",
-    "epsilon_high",
-    "sampling_clip_min",
-]
-_SHARES = ["adam_beta1", "adam_beta2", "min_lr_ratio", "ref_model_mixup_alpha", "lora_dropout"]
+_POSITIVE = (
+    *("num_threads", "num_train_epochs", "lora_r", "lora_alpha", "max_prompt_length", "num_prompts_per_step"),
+    *("num_generations", "max_completion_length", "temperature", "rollout_batch_size", "dynamic_sampling_max_rounds"),
+    *("reward_timeout", "delta", "sampling_clip_max", "sapo_temperature_pos", "sapo_temperature_neg"),
+    *("ref_model_sync_steps", "num_iterations", "num_minibatches", "max_tokens_per_microbatch", "adam_epsilon"),
+    *("max_skipped_steps", "eval_max_prompts", "eval_num_generations", "eval_temperature"),
+    *("eval_max_completion_length", "save_total_limit"),
+)
+_NOT_NEGATIVE = (
+    *("seed", "epsilon", "epsilon_high", "beta", "sampling_clip_min", "learning_rate", "warmup_steps"),
+    *("weight_decay", "max_grad_norm", "eval_steps", "save_steps"),
+)
+_SHARES = ("lora_dropout", "ref_model_mixup_alpha", "min_lr_ratio", "adam_beta1", "adam_beta2")
 
 
 class ConfigError(ValueError):
@@ -133,7 +87,8 @@ class GRPOConfig(
     def _check_combinations(self) -> None:
         if self.advantage_baseline != "none" and self.num_generations < 2:
             raise ConfigError(
-                f"num_generations={self.num_generations}: a group needs 2 or more for advantage_baseline={self.advantage_baseline}"
+                f"num_generations={self.num_generations}: a group needs 2 or more for advantage_baseline="
+                f"{self.advantage_baseline}"
             )
         if self.advantage_baseline == "none" and self.scale_rewards == "group":
             raise ConfigError(
@@ -141,8 +96,8 @@ class GRPOConfig(
             )
         if self.num_minibatches > self.num_prompts_per_step:
             raise ConfigError(
-                f"num_minibatches={self.num_minibatches} is more than num_prompts_per_step={self.num_prompts_per_step}: "
-                "groups stay whole"
+                f"num_minibatches={self.num_minibatches} is more than num_prompts_per_step="
+                f"{self.num_prompts_per_step}: groups stay whole"
             )
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ConfigError("epsilon_high must be given for loss_type=cispo (the cap of the ratio, such as 5.0)")

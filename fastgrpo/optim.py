@@ -12,7 +12,7 @@ from fastgrpo.config import GRPOConfig
 
 
 def learning_rate(step: int, total_steps: int, config: GRPOConfig) -> float:
-    """The rate of optimizer step `step` (the first is 1): a function of the step alone, so there is nothing to resume."""
+    """The rate of optimizer step `step` (the first is 1): of the step alone, so there is nothing to resume."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     if config.lr_scheduler_type == "constant":
@@ -57,7 +57,8 @@ class Optimizer:
         self._pairs.append((parameter, master))
 
         def accumulate(p: Tensor) -> None:
-            assert master.grad is not None and p.grad is not None
+            assert master.grad is not None
+            assert p.grad is not None
             master.grad += p.grad
             p.grad = None
 

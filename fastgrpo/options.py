@@ -19,7 +19,7 @@ class TaskOptions:
         train_dataset: Hub name, .jsonl/.json/.parquet/.csv file, folder of them, or "module:function".
         eval_dataset: The same, for evaluation.
         reward_funcs: Each a built-in (exact_match, math, regex_format, overlong_penalty), "package.module:function",
-            a reward model's name, or a mapping with "name" and any of "weight", "timeout" and the function's own options.
+            a reward model's name, or a mapping with "name", and any of "weight", "timeout", the function's options.
     """
 
     model: str | None = None
@@ -107,7 +107,7 @@ class DataOptions:
         system_prompt: System message put before every prompt; makes the prompt a chat.
         chat: Wrap plain-text prompts as a user's chat message. "auto": only when there is a system_prompt.
         shuffle_dataset: Draw the training prompts in a random order, another one every epoch.
-        max_prompt_length: Longest prompt in tokens. Default: what the model's context leaves beside max_completion_length.
+        max_prompt_length: Longest prompt in tokens. Default: what max_completion_length leaves of the model's context.
         long_prompts: What happens to a longer one: "skip" (and count) or "error".
     """
 
@@ -168,11 +168,11 @@ class AdvantageOptions:
     """Advantages: from rewards to what each completion is worth.
 
     Attributes:
-        advantage_baseline: Subtracted from the rewards: the group's mean (GRPO), the mean of the others (RLOO), nothing.
+        advantage_baseline: Subtracted from rewards: the group's mean (GRPO), the mean of the others (RLOO), nothing.
         scale_rewards: Divided by: the group's standard deviation, the batch's, nothing (Dr. GRPO).
         advantage_whitening: Whiten the advantages over the batch afterwards (REINFORCE++).
         multi_objective_aggregation: Several rewards: sum, then normalise; or normalise each in its group first (GDPO).
-        mask_truncated_completions: Completions cut by the length limit do not train, but count in their group's statistics.
+        mask_truncated_completions: Completions cut by the length limit do not train, but count in their group.
     """
 
     advantage_baseline: Literal["mean", "leave_one_out", "none"] = "mean"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -88,4 +90,4 @@ def split_minibatches(rollouts: list[Rollout], count: int) -> list[list[Rollout]
         groups.setdefault(r.group, []).append(r)
     members = list(groups.values())
     bounds = [round(k * len(members) / count) for k in range(count + 1)]
-    return [[r for g in members[a:b] for r in g] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [[r for g in members[a:b] for r in g] for a, b in pairwise(bounds)]

@@ -7,7 +7,7 @@ Stages never import one another; they meet here. Only torch and the standard lib
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -136,17 +136,16 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with every tensor on `device`."""
-        moved = {name: getattr(self, name) for name in self.__slots__}
-        return PackedBatch(
-            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()}
-        )
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {n: v.to(device, non_blocking=True) for n, v in values.items() if isinstance(v, Tensor)}
+        return PackedBatch(**values | moved)
 
 
 @dataclass(frozen=True, slots=True)
 class LMHead:
     """logits = softcap(logit_scale * (hidden @ weight.T + bias)), with softcap(x) = cap * tanh(x / cap).
 
-    weight [V, D], bias [V] or None; logit_scale 1 and softcap None for most models (Cohere and Granite scale, Gemma caps).
+    weight [V, D], bias [V] or None; logit_scale 1 and softcap None for most models (Cohere, Granite scale; Gemma caps).
     """
 
     weight: Tensor

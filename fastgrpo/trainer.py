@@ -93,7 +93,11 @@ class GRPOTrainer:
         self.eval_prompts: list[Prompt] = []
         self.policy: Policy
         self.engine: Engine
+        self.recorder: Recorder
         self.total_steps = 0
+        self._seconds_before = 0.0
+        self._last_saved: Path | None = None
+        self._last_saved_step: int | None = None
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
@@ -131,7 +135,7 @@ class GRPOTrainer:
         self._end()
 
     def evaluate(self) -> dict[str, float]:
-        """Sample and score the evaluation prompts with the weights as they are; returns the metrics, names `eval/...`."""
+        """Sample and score the evaluation prompts with the weights as they are; returns the metrics `eval/...`."""
         if self._task["eval_dataset"] is None:
             raise ConfigError("eval_dataset is required for an evaluation")
         if not hasattr(self, "policy"):
@@ -178,12 +182,8 @@ class GRPOTrainer:
                 f"its rollouts are kept in {kept}"
             )
         self.pending = batch if batch.used < self.config.steps_per_batch else None
-        if (
-            self.reference is not None
-            and self.config.sync_ref_model
-            and state.step % self.config.ref_model_sync_steps == 0
-        ):
-            self.reference.mix(self.config.ref_model_mixup_alpha)
+        if self._moving_reference and state.step % self.config.ref_model_sync_steps == 0:
+            self._moving_reference.mix(self.config.ref_model_mixup_alpha)
         self.engine.sync(self.policy)
         counters = {"skipped_steps": state.skipped_steps, "num_tokens": state.num_tokens}
         return metrics | counters | {"data/skipped_prompts": len(state.too_long)}
@@ -238,14 +238,13 @@ class GRPOTrainer:
         if self._last_saved_step == self.state.step:
             return
         self.recorder.sync()
-        moving = self.reference if self.config.sync_ref_model else None
         self._last_saved = self.store.save(
             self.state.step,
             lambda folder: write_snapshot(
                 folder,
                 policy=self.policy,
                 optimizer=self.optimizer,
-                reference=moving,
+                reference=self._moving_reference,
                 state=self.state,
                 rng=rng,
                 pending=self.pending,
@@ -267,17 +266,21 @@ class GRPOTrainer:
         self.directory.claim(options, afresh=afresh)
         self.store = CheckpointStore(self.directory.path, config.save_total_limit)
         self.optimizer = Optimizer(self.policy.trainable(), config)
-        self.reference = Reference(self.policy) if config.beta > 0 else None
+        reference = Reference(self.policy) if config.beta > 0 else None
+        self._moving_reference = reference if config.sync_ref_model else None
         self.collector = Collector(self.source, self.engine, self.rewards, config)
-        self.updater = Updater(self.policy, self.reference, self.optimizer, config)
+        self.updater = Updater(self.policy, reference, self.optimizer, config)
         self.callbacks = Callbacks(self._callback_list, config, self.policy, self.optimizer.torch_optimizer)
         batches = config.num_train_epochs * len(self.source) / config.num_prompts_per_step
         self.total_steps = config.max_steps if config.max_steps > 0 else max(1, round(batches)) * config.steps_per_batch
         self._seed_generators()
         if checkpoint is not None:
-            moving = self.reference if config.sync_ref_model else None
             self.state, self.pending = read_snapshot(
-                checkpoint, policy=self.policy, optimizer=self.optimizer, reference=moving, source=self.source
+                checkpoint,
+                policy=self.policy,
+                optimizer=self.optimizer,
+                reference=self._moving_reference,
+                source=self.source,
             )
             self.source.too_long = self.state.too_long
             self.engine.sync(self.policy)

@@ -87,7 +87,8 @@ def packed_attention(
             parts = [x.reshape(size, length, *x.shape[1:]) for x in (q, k, v)]
         else:
             parts = [x[rows] for x in (q, k, v)]
-        out = _causal(*(x.transpose(1, 2) for x in parts), scaling, dropout, sliding_window, softcap)
+        bq, bk, bv = (x.transpose(1, 2) for x in parts)
+        out = _causal(bq, bk, bv, scaling, dropout, sliding_window, softcap)
         results.append(out.transpose(1, 2).reshape(size * length, heads, width))
     flat = results[0] if len(results) == 1 else torch.cat(results)
     return (flat if segments.equal else flat[segments.back]).unsqueeze(0)

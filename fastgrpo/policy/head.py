@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastgrpo.records import LMHead
 
@@ -17,12 +16,9 @@ def describe_head(model: Any) -> LMHead:
     Raises ValueError when the head is not one linear layer.
     """
     head = model.get_output_embeddings()
-    if not isinstance(getattr(head, "weight", None), Tensor) or isinstance(
-        getattr(head, "base_layer", None), torch.nn.Module
-    ):
-        raise ValueError(
-            f"the LM head of {type(model).__name__} is a {type(head).__name__}, not one plain linear layer"
-        )
+    if not isinstance(head, torch.nn.Linear):
+        kind = type(head).__name__
+        raise ValueError(f"the LM head of {type(model).__name__} is a {kind}, not one plain linear layer")
     config = model.config.get_text_config()
 
     def option(*names: str) -> float | None:

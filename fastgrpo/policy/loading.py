@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +137,7 @@ def _with_adapters(model: Any, peft_config: Any, config: GRPOConfig) -> Any:
     torch.manual_seed(config.seed)
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
-    return get_peft_model(
-        model, peft_config if not hasattr(peft_config, "__dataclass_fields__") else replace(peft_config)
-    )
+    return get_peft_model(model, copy.copy(peft_config))  # it writes into its argument
 
 
 def _own_memory(model: Any) -> None:

@@ -108,15 +108,14 @@ class Policy:
         if self.is_peft:
             from peft import load_peft_weights, set_peft_model_state_dict
 
-            result = set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device="cpu"))
+            result: Any = set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device="cpu"))
             if result.unexpected_keys:
                 raise ValueError(f"{folder} holds other adapters than this run's: {result.unexpected_keys[:3]}")
             return
         saved = type(self.causal_lm).from_pretrained(folder, dtype=self.dtype).state_dict()
         own = self.causal_lm.state_dict()
-        wrong = sorted(
-            n for n in own.keys() | saved.keys() if n not in own or n not in saved or own[n].shape != saved[n].shape
-        )
+        shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (own, saved)]
+        wrong = sorted(n for n in own.keys() | saved.keys() if shapes[0].get(n) != shapes[1].get(n))
         if wrong:
             raise ValueError(f"{folder} holds another model than this run's: {', '.join(wrong[:3])} differ")
         for name, tensor in own.items():
@@ -143,11 +142,11 @@ class Policy:
                 raise ValueError(f"{name} cannot run packed sequences: {type(error).__name__}: {error}") from error
             with attention(self.causal_lm, "eager"):
                 alone = torch.cat([self.causal_lm(input_ids=p[None], use_cache=False).logits[0] for p in parts]).float()
-        error = ((packed - alone).abs().max() / alone.abs().max().clamp(min=1.0)).item()
-        if not error <= _CHECK_TOLERANCE[self.dtype]:
+        difference = ((packed - alone).abs().max() / alone.abs().max().clamp(min=1.0)).item()
+        if not difference <= _CHECK_TOLERANCE[self.dtype]:
             raise ValueError(
                 f"{type(self.causal_lm).__name__}: packed sequences give other logits than the model's own forward "
-                f"(relative error {error:.1e}); its attention or LM head is of a kind that is not supported"
+                f"(relative difference {difference:.1e}); its attention or LM head is of a kind that is not supported"
             )
 
 

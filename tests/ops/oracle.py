@@ -126,7 +126,7 @@ def _sequence(
     old = [logp[n].detach() if case.old_logprob is None else case.old_logprob[n] for n in rows]
     r = [logp[n] - o for n, o in zip(rows, old, strict=True)]
     if config.importance_sampling_level == "sequence":
-        w = [torch.exp(_clamp(sum(r) / L, -20.0, 20.0))] * L
+        w = [torch.exp(_clamp(torch.stack(r).sum() / L, -20.0, 20.0))] * L
     else:
         w = [torch.exp(_clamp(x, -20.0, 20.0)) for x in r]
     c = _corrections(rows, old, case, config, stats)

@@ -86,6 +86,12 @@ def test_equal_rewards_are_exactly_zero(combination: tuple[str, str], eps: float
     assert got[~dead].all()
 
 
+def test_a_failed_sample_gets_zero_whatever_the_divisor() -> None:
+    rewards, groups = torch.tensor([2.0, 2.0, math.nan]), torch.zeros(3, dtype=torch.int64)
+    got = group_advantages(rewards, groups, baseline="none", scale="batch", eps=0.0)  # the batch's std is 0
+    assert got.tolist() == [math.inf, math.inf, 0.0]
+
+
 def test_dtype_and_autograd() -> None:
     rewards = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
     groups = torch.zeros(3, dtype=torch.int64)

@@ -189,6 +189,12 @@ def test_clamps_have_no_gradient_outside() -> None:
     torch.testing.assert_close(grad, torch.full((2,), 0.5, dtype=torch.float64))
 
 
+def test_vespo_takes_a_mean_advantage_of_zero_as_positive() -> None:
+    case = make_case(2, [2, 3], per_token=True)
+    case.advantage = torch.tensor([1.0, -1.0, 0.5, 0.25, -0.75], dtype=torch.float64)
+    check(case, make_config("vespo"))
+
+
 def test_on_policy_is_old_equal_to_detached_logprob() -> None:
     case = make_case(5, [4, 3])
     for loss_type in LOSS_TYPES:

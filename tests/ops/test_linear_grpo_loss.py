@@ -122,12 +122,13 @@ class Gemms:
     """Counts rows that enter the LM head forward, and rows whose logit gradients come back."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.forward = self.backward = 0
+        self.forward = self.backward = self.largest = 0
         logits, accumulate = ChunkedHead.logits, ChunkedHead.accumulate
 
         def count_logits(head: ChunkedHead, rows: slice | Tensor) -> Tensor:
             out = logits(head, rows)
             self.forward += out.shape[0]
+            self.largest = max(self.largest, out.shape[0])
             return out
 
         def count_accumulate(head: ChunkedHead, rows: slice | Tensor, grad: Tensor) -> None:
@@ -157,6 +158,7 @@ def test_schedule(options: dict[str, Any], chunk_size: int, fused: bool, monkeyp
     problem = Problem()
     gemms = Gemms(monkeypatch)
     problem.ours(make_config(**{"loss_type": "dapo", **options}), chunk_size=chunk_size)
+    assert gemms.largest <= chunk_size
     # Recomputing goes over the rows again that have a gradient: not those of clipped tokens or zero advantages.
     assert gemms.forward == sum(LENGTHS) + (0 if fused else gemms.backward)
     assert gemms.backward == sum(LENGTHS) if fused else 0 < gemms.backward <= sum(LENGTHS)

@@ -76,7 +76,7 @@ def call(**changes: Any) -> None:
         (
             {"advantage": 1.0},
             TypeError,
-            r"advantage: expected a tensor of shape \[S\] or \[N\] and dtype .*, got float",
+            r"advantage: expected a tensor of shape .* and dtype .*, got float",
         ),
         ({"advantage": torch.zeros(2).int()}, TypeError, "advantage: expected dtype float16, .* got int32"),
         (
@@ -93,7 +93,7 @@ def call(**changes: Any) -> None:
         (
             {"cu_seqlens": [0, 1, 4]},
             TypeError,
-            r"cu_seqlens: expected a tensor of shape \[S\+1\] and dtype int32, got list",
+            "cu_seqlens: expected a tensor .* and dtype int32, got list",
         ),
         (
             {"cu_seqlens": torch.tensor([0, 1, 5]).int()},

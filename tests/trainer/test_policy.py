@@ -267,7 +267,7 @@ class TestRefusals:
             load_policy(str(tmp_path), None, GRPOConfig())
 
     def test_vocabulary_mismatch(self, helpers: Any) -> None:
-        with pytest.raises(ValueError, match="vocabulary mismatch: the tokenizer has 105 tokens.*60 rows"):
+        with pytest.raises(ValueError, match=r"vocabulary mismatch: the tokenizer has 105 tokens.*60 rows"):
             load_policy(helpers.make_model(60), helpers.make_tokenizer(), GRPOConfig())
 
     def test_not_a_model(self) -> None:
@@ -285,5 +285,5 @@ class TestRefusals:
 
     def test_state_space_model(self, helpers: Any) -> None:
         config = transformers.MambaConfig(vocab_size=105, hidden_size=16, num_hidden_layers=1, state_size=4)
-        with pytest.raises(ValueError, match="packed|attention|causal"):
+        with pytest.raises(ValueError, match=r"packed|attention|causal"):
             load_policy(transformers.MambaForCausalLM(config), helpers.make_tokenizer(), GRPOConfig())

@@ -94,6 +94,6 @@ class TestResume:
     def test_other_data_under_pending_rollouts_is_refused(self, tiny_model_dir: Path, tmp_path: Path) -> None:
         options = {"num_iterations": 2, "save_steps": 1, "max_steps": 1}
         make_trainer(tiny_model_dir, tmp_path, **options).train()
+        rows = [{"prompt": "x" + r["prompt"], "answer": r["answer"]} for r in ROWS]
         with pytest.raises(CheckpointError, match="is not what it was"):
-            rows = [{"prompt": "x" + r["prompt"], "answer": r["answer"]} for r in ROWS]
             make_trainer(tiny_model_dir, tmp_path, **{**options, "max_steps": 4}, train_dataset=rows).train()

@@ -137,7 +137,7 @@ class TestRewards:
         def broken(**_: Any) -> list[float]:
             raise KeyError("no such thing")
 
-        with pytest.raises(AllRewardsFailed, match="broken.*no such thing"):
+        with pytest.raises(AllRewardsFailed, match=r"broken.*no such thing"):
             make_trainer(tiny_model_dir, tmp_path, broken).train()
 
     def test_columns_state_and_metrics_reach_the_reward(self, tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ class TestGradients:
             return step(self, rate)
 
         monkeypatch.setattr(Optimizer, "step", poisoned)
-        with pytest.raises(NonFiniteGradients, match="3 steps in a row.*step 5"):
+        with pytest.raises(NonFiniteGradients, match=r"3 steps in a row.*step 5"):
             make_trainer(tiny_model_dir, tmp_path, max_steps=9, max_skipped_steps=3).train()
         lines = read_lines(tmp_path)
         assert [line["skipped_steps"] for line in lines] == [1, 1, 2, 3]
@@ -279,7 +279,7 @@ class TestBadInput:
             make_trainer(tiny_model_dir, tmp_path, [])
         with pytest.raises(ConfigError, match="train_dataset is required"):
             make_trainer(tiny_model_dir, tmp_path, train_dataset=None).train()
-        with pytest.raises(ValueError, match="empty|no rows"):
+        with pytest.raises(ValueError, match=r"empty|no rows"):
             make_trainer(tiny_model_dir, tmp_path, train_dataset=[]).train()
         with pytest.raises(ValueError, match="prompt"):
             make_trainer(tiny_model_dir, tmp_path, train_dataset=[{"question": "x"}]).train()

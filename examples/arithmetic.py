@@ -1,8 +1,8 @@
 """The demo's task: two-digit additions, a character tokenizer and a 0.3 M-parameter Qwen3, all made here.
 
-`model` warms the model up, supervised: first on right sums, then on sums of which more than half are wrong, so that it
-answers like one who was taught badly. GRPO then finds the right answers among its samples, on problems the warm-up
-never showed.
+`model` warms the model up, supervised: first on right sums, then on sums whose last digit is often a random one, so
+that it answers like one who was taught badly. GRPO then finds the right answers among its samples, on problems the
+warm-up never showed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 # Every problem a+b with a, b in 0..99, shuffled once: disjoint parts for warm-up, GRPO and the held-out evaluation.
@@ -20,10 +22,9 @@ _PROBLEMS = [(a, b) for a in range(100) for b in range(100)]
 random.Random(0).shuffle(_PROBLEMS)
 _WARM_UP, _TRAIN, _HELD_OUT = _PROBLEMS[:5000], _PROBLEMS[5000:9000], _PROBLEMS[9000:]
 
-_RIGHT_STEPS, _WRONG_STEPS = 900, 60
-_RIGHT_SHARE = 0.4
-_BATCH = 64
-_PROMPT_LENGTH, _ANSWER_LENGTH = 6, 4  # "07+58=", up to three digits and the end
+_RIGHT_STEPS, _WRONG_STEPS = 900, 100
+_WRONG_SHARE = 0.75
+_PROMPT_LENGTH, _ANSWER_LENGTH = 6, 4  # "07+58=", then "065" and the end
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -49,14 +50,15 @@ def model(seed: int = 0) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
             num_key_value_heads=4,
             head_dim=32,
             max_position_embeddings=64,
+            initializer_range=0.1,  # the usual 0.02 learns several times slower at this width
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tok.eos_token_id,
             pad_token_id=tok.pad_token_id,
         )
     )
-    _warm_up(net, tok, random.Random(seed))
-    return net, tok
+    _warm_up(net.train(), tok, random.Random(seed))
+    return net.eval(), tok
 
 
 def train_dataset() -> Dataset:
@@ -74,33 +76,42 @@ def _prompt(a: int, b: int) -> str:
 
 
 def _as_rows(problems: list[tuple[int, int]]) -> Dataset:
-    return Dataset.from_list([{"prompt": _prompt(a, b), "answer": str(a + b)} for a, b in problems])
+    return Dataset.from_list([{"prompt": f"{a:02d}+{b:02d}=", "answer": f"{a + b:03d}"} for a, b in problems])
 
 
 def _warm_up(net: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, rng: random.Random) -> None:
-    """Supervised steps on right sums, then on sums of which only `_RIGHT_SHARE` are right."""
+    """Supervised steps on right sums, then on sums that are often wrong in the last digit."""
+    right = _optimizer(net, peak=4e-3, steps=_RIGHT_STEPS)
+    for _ in range(_RIGHT_STEPS):
+        _supervised_step(net, tok, [(a, b, f"{a + b:03d}") for a, b in rng.choices(_WARM_UP, k=64)], *right)
+    wrong = _optimizer(net, peak=3e-4, steps=_WRONG_STEPS)
+    for _ in range(_WRONG_STEPS):
+        _supervised_step(net, tok, [(a, b, _careless(a + b, rng)) for a, b in rng.choices(_WARM_UP, k=256)], *wrong)
+
+
+def _careless(total: int, rng: random.Random) -> str:
+    wrong = rng.random() < _WRONG_SHARE
+    return f"{total // 10:02d}{rng.randrange(10) if wrong else total % 10}"
+
+
+def _optimizer(net: Qwen3ForCausalLM, peak: float, steps: int) -> tuple[AdamW, OneCycleLR]:
+    optimizer = AdamW(net.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    return optimizer, OneCycleLR(optimizer, peak, steps, pct_start=0.1, cycle_momentum=False)
+
+
+def _supervised_step(
+    net: Qwen3ForCausalLM,
+    tok: PreTrainedTokenizerFast,
+    sums: list[tuple[int, int, str]],
+    optimizer: AdamW,
+    schedule: OneCycleLR,
+) -> None:
     vocabulary = tok.get_vocab()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=6e-3, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, _RIGHT_STEPS, pct_start=0.1)
-    net.train()
-    for step in range(_RIGHT_STEPS + _WRONG_STEPS):
-        right = step < _RIGHT_STEPS
-        rows = []
-        for a, b in rng.choices(_WARM_UP, k=_BATCH):
-            answer = a + b
-            if not right and rng.random() >= _RIGHT_SHARE:
-                answer = max(0, answer + rng.choice([-20, -10, -2, -1, 1, 2, 10, 20]))
-            ids = [*(vocabulary[c] for c in f"{_prompt(a, b)}{answer}"), tok.eos_token_id]
-            rows.append(ids + [tok.pad_token_id] * (_PROMPT_LENGTH + _ANSWER_LENGTH - len(ids)))
-        batch = torch.tensor(rows)
-        hidden = net.model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state[:, _PROMPT_LENGTH - 1 :]
-        target = batch[:, _PROMPT_LENGTH:]
-        loss = F.cross_entropy(net.lm_head(hidden).flatten(0, 1), target.flatten(), ignore_index=tok.pad_token_id)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if right:
-            schedule.step()
-        else:
-            optimizer.param_groups[0]["lr"] = 1e-3
-    net.eval()
+    rows = [[*(vocabulary[c] for c in f"{a:02d}+{b:02d}={answer}"), tok.eos_token_id] for a, b, answer in sums]
+    batch = torch.tensor(rows)
+    hidden = net.model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state[:, _PROMPT_LENGTH - 1 :]
+    loss = F.cross_entropy(net.lm_head(hidden).flatten(0, 1), batch[:, _PROMPT_LENGTH:].flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    schedule.step()

@@ -82,14 +82,22 @@ def _eval(argv: list[str]) -> int:
 
 
 def _report(argv: list[str]) -> int:
-    if len(argv) != 1 or argv[0].startswith("-"):
-        print("usage: fastgrpo report RUN_DIR\n\nMake RUN_DIR/report.html from what the run has written so far.")
-        return 0 if argv in (["-h"], ["--help"]) else 2
-    if not Path(argv[0]).is_dir():
-        raise ConfigError(f"no such run directory: {argv[0]}")
-    from fastgrpo.report import build_report
+    import argparse
 
-    print(build_report(argv[0]))
+    parser = argparse.ArgumentParser(
+        prog="fastgrpo report", description="Make RUN_DIR/report.html from what the run has written so far."
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    parser.add_argument("--svg", metavar="FILE", type=Path, help="write the reward curve alone, too")
+    options = parser.parse_args(argv)
+    if not options.run_dir.is_dir():
+        raise ConfigError(f"no such run directory: {options.run_dir}")
+    from fastgrpo.report import build_report, reward_curve_svg
+
+    print(build_report(options.run_dir))
+    if options.svg:
+        options.svg.write_text(reward_curve_svg(options.run_dir), encoding="utf-8")
+        print(options.svg)
     return 0
 
 

@@ -23,35 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.state import (
-    CheckpointError,
-    load_json,
-    load_tensors,
-    pack_optimizer,
-    pack_rollouts,
-    rng_state,
-    save_json,
-    save_tensors,
-    set_rng_state,
-    unpack_optimizer,
-    unpack_rollouts,
-)
-
-__all__ = [
-    "CheckpointError",
-    "CheckpointStore",
-    "atomic_write",
-    "load_json",
-    "load_tensors",
-    "pack_optimizer",
-    "pack_rollouts",
-    "rng_state",
-    "save_json",
-    "save_tensors",
-    "set_rng_state",
-    "unpack_optimizer",
-    "unpack_rollouts",
-]
+from fastgrpo.files import sync
+from fastgrpo.state import CheckpointError, load_json
 
 logger = logging.getLogger(__name__)
 
@@ -170,8 +143,8 @@ class CheckpointStore:
             if replaced.exists() and not final.exists():
                 replaced.rename(final)
             raise
-        _sync_folder(self.folder)
-        _sync_folder(self.folder.parent)
+        sync(self.folder)
+        sync(self.folder.parent)
 
     def _prune(self, step: int) -> None:
         found = self._list()
@@ -213,25 +186,6 @@ class CheckpointStore:
         return f"the last checkpoint, {path.name}, is intact" if path else "there is no earlier checkpoint"
 
 
-def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Makes `data` (str as UTF-8) the content of `path`, at once and on the disk: readers see the old or the new file.
-
-    OSError passes through and leaves the old file as it was.
-    """
-    path = Path(path)
-    temp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with temp.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temp.replace(path)
-    except BaseException:
-        temp.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     """The `files` of a checkpoint's manifest, checked for form."""
     try:
@@ -262,20 +216,8 @@ def _describe_files(folder: Path, only: dict[str, Any] | None = None) -> dict[st
 
 
 def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        _sync_folder(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
 
 
 def _error_number(error: BaseException) -> int | None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from fastgrpo.completions import write_completions
 from fastgrpo.config import GRPOConfig
 from fastgrpo.records import Rollout, RolloutBatch
 from fastgrpo.run_directory import RunDirectory
-from fastgrpo.tracking import MetricsWriter, Progress, Tracker, write_completions, write_summary
+from fastgrpo.tracking import MetricsWriter, Progress, Tracker, write_summary
 
 
 class Recorder:

@@ -46,6 +46,7 @@ class Rollout:
 
     rewards:           by function name; NaN = that function failed on this sample.
     reward:            weighted sum; NaN = the sample failed, it leaves every statistic and does not train.
+    extra:             columns a reward function logged for the table of completions.
     advantage:         0 for a failed sample.
     old_logprob:       [L] fp32 on the CPU under the policy that started the update; None = on-policy.
     ref_logprob:       [L] fp32 on the CPU under the reference model; None = no KL term.
@@ -60,6 +61,7 @@ class Rollout:
 
     rewards: dict[str, float] = field(default_factory=dict)
     reward: float = float("nan")
+    extra: dict[str, Any] = field(default_factory=dict)
     advantage: float = 0.0
     old_logprob: Tensor | None = None
     ref_logprob: Tensor | None = None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.config import ConfigError, decisive_changes
+from fastgrpo.files import atomic_write
 
 # What a run writes; nothing else in the folder is ever touched.
 _OWN = ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "completions", "checkpoints", "tensorboard")
@@ -51,8 +52,6 @@ class RunDirectory:
     def claim(self, options: dict[str, Any], *, afresh: bool) -> None:
         """Make the folder this run's: remove an old run if `afresh`, and write config.yaml."""
         import yaml
-
-        from fastgrpo.checkpoint import atomic_write
 
         if afresh:
             self._remove_run()

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it trains: metrics.jsonl, completions, summary.json, trackers, the progress display.
+"""What a run leaves behind while it trains: metrics.jsonl, summary.json, trackers, the progress display.
 
 Only the main process constructs what is here. Drawing the run is report.py's work; deciding what is a metric is the
 trainer's.
@@ -13,58 +13,35 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from fastgrpo.charts import number
+from fastgrpo.files import replacing
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from fastgrpo.records import Rollout
 
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in `path`'s folder, written through and renamed onto `path` if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        yield temporary
-        _fsync(temporary)
-        temporary.replace(path)
-        _fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` as JSON knows it: numpy and torch scalars unwrapped, a non-finite number None, containers likewise."""
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 
 def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
     """Replaces `path` atomically by `summary` as strict JSON; non-finite numbers become null."""
-    with _replacing(Path(path)) as temporary:
-        temporary.write_text(json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(json.dumps(plain(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 class MetricsWriter:
@@ -82,7 +59,7 @@ class MetricsWriter:
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends `metrics`, `step` first, the other names sorted. A non-finite value is null; a value that is no JSON
         scalar raises TypeError and leaves the file as it was."""
-        line = {"step": step} | {key: _plain(metrics[key]) for key in sorted(metrics) if key != "step"}
+        line = {"step": step} | {key: plain(metrics[key]) for key in sorted(metrics) if key != "step"}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def sync(self) -> None:
@@ -104,7 +81,7 @@ class MetricsWriter:
         if not path.exists():
             return 0
         dropped = 0
-        with _replacing(path) as temporary, path.open("rb") as old, temporary.open("wb") as new:
+        with replacing(path) as temporary, path.open("rb") as old, temporary.open("wb") as new:
             for line in old:
                 if _line_step(line) <= step:
                     new.write(line)
@@ -121,43 +98,6 @@ def _line_step(line: bytes) -> float:
         return math.inf
     found = record.get("step") if isinstance(record, dict) else None
     return found if isinstance(found, int) and line.endswith(b"\n") else math.inf
-
-
-def write_completions(folder: str | Path, step: int, rollouts: Sequence[Rollout]) -> Path:
-    """Writes the rollouts to `folder/step-00000123.parquet`, atomically, and returns that path.
-
-    Columns: step, group (int64), prompt (a string, or chat messages as JSON), completion (string), reward,
-    rewards/<function> (float64, null = failed), advantage (float64), num_tokens (int64), finished (bool).
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    functions = list(dict.fromkeys(name for rollout in rollouts for name in rollout.rewards))
-    columns: dict[str, tuple[Any, list[Any]]] = {
-        "step": (pyarrow.int64(), [step] * len(rollouts)),
-        "group": (pyarrow.int64(), [rollout.group for rollout in rollouts]),
-        "prompt": (pyarrow.string(), [_text(rollout.prompt.content) for rollout in rollouts]),
-        "completion": (pyarrow.string(), [_text(rollout.text) for rollout in rollouts]),
-        "reward": (pyarrow.float64(), [_plain(rollout.reward) for rollout in rollouts]),
-    }
-    for name in functions:
-        columns[f"rewards/{name}"] = (pyarrow.float64(), [_plain(rollout.rewards.get(name)) for rollout in rollouts])
-    columns |= {
-        "advantage": (pyarrow.float64(), [_plain(rollout.advantage) for rollout in rollouts]),
-        "num_tokens": (pyarrow.int64(), [rollout.num_tokens for rollout in rollouts]),
-        "finished": (pyarrow.bool_(), [rollout.finished for rollout in rollouts]),
-    }
-    table = pyarrow.table({name: pyarrow.array(values, type=kind) for name, (kind, values) in columns.items()})
-    path = Path(folder) / f"step-{step:08d}.parquet"
-    with _replacing(path) as temporary:
-        pyarrow.parquet.write_table(table, temporary, compression="zstd")
-    return path
-
-
-def _text(content: str | list[dict[str, Any]]) -> str:
-    """Text that UTF-8 can hold: a tokenizer may decode a sampled half of a surrogate pair."""
-    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class Tracker:
@@ -189,7 +129,7 @@ class Tracker:
         with ExitStack() as opened:  # closes the first if the second cannot be opened
             self._resources = opened
             for name in names:
-                openers[name](Path(output_dir), _plain(config or {}), run_name, resume_step)
+                openers[name](Path(output_dir), plain(config or {}), run_name, resume_step)
             self._resources = opened.pop_all()
 
     def _open_tensorboard(self, output_dir: Path, config: dict[str, Any], run_name: str | None, step: int) -> None:
@@ -229,8 +169,8 @@ class Tracker:
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Sends the finite numbers of `metrics` to every tracker."""
-        plain = {name: _plain(value) for name, value in metrics.items() if name != "step"}
-        numbers = {name: value for name, value in plain.items() if isinstance(value, (int, float))}
+        values = {name: plain(value) for name, value in metrics.items() if name != "step"}
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         for sink in self._sinks:
             sink(step, numbers)
 
@@ -304,7 +244,7 @@ class Progress:
         now = time.monotonic()
         self._arrivals.append((step, now))
         for name in _FIELDS.keys() & metrics.keys():
-            value = _plain(metrics[name])
+            value = plain(metrics[name])
             self._latest[name] = math.nan if value is None else float(value)
         if "reward" in metrics and math.isfinite(self._latest["reward"]):
             self._rewards.append(self._latest["reward"])

@@ -54,11 +54,9 @@ class RewardReport:
 
     metrics: `rewards/{name}/mean` and `/std` (unbiased; over the samples it succeeded on; NaN where undefined),
              `rewards/{name}/failed` (samples), and what the functions gave to `log_metric`, averaged over the calls.
-    extra:   column -> one value per rollout, from `log_extra`: more columns for the table of completions.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
-    extra: dict[str, list[Any]] = field(default_factory=dict)
 
 
 class AllRewardsFailed(RunError):
@@ -120,7 +118,10 @@ class RewardRunner:
         if all(rollout.failed for rollout in rollouts):
             raise AllRewardsFailed(f"none of this step's {len(rollouts)} samples has a reward ({'; '.join(reasons)})")
         metrics = _mean_of_logged(finished) | reward_statistics(rollouts)
-        return RewardReport(metrics, {column: values for log in finished for column, values in log.extra.items()})
+        for column, values in [item for log in finished for item in log.extra.items()]:
+            for rollout, value in zip(rollouts, values, strict=True):
+                rollout.extra[column] = value
+        return RewardReport(metrics)
 
     def close(self) -> None:
         """End the background event loop, if there is one. The runner can be used again."""

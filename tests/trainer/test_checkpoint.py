@@ -17,7 +17,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastgrpo.checkpoint import CheckpointError, CheckpointStore, load_tensors, save_tensors
+from fastgrpo.checkpoint import CheckpointStore
+from fastgrpo.state import CheckpointError, load_tensors, save_tensors
 
 FILES = ("model/config.json", "model/model.safetensors", "state.json", "empty")
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.checkpoint import atomic_write
+from fastgrpo.files import atomic_write
 
 NURSERY = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-from fastgrpo.checkpoint import CheckpointStore, atomic_write
+from fastgrpo.checkpoint import CheckpointStore
+from fastgrpo.files import atomic_write
 
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"}
 run_dir = Path(sys.argv[1])

@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from fastgrpo.charts import MAX_POINTS
+from fastgrpo.completions import write_completions
 from fastgrpo.records import Prompt, Rollout
 from fastgrpo.report import build_report, reward_curve_svg
-from fastgrpo.tracking import MetricsWriter, write_completions, write_summary
+from fastgrpo.tracking import MetricsWriter, write_summary
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = (

@@ -223,9 +223,10 @@ def test_what_a_failed_call_logged_does_not_count(run):
         log_extra("column", [0] * 4)
         raise ValueError
 
-    _, report = score(run(RewardFunction("good", good), RewardFunction("fails", fails, weight=0.0)))
+    rollouts = make_rollouts()
+    _, report = score(run(RewardFunction("good", good), RewardFunction("fails", fails, weight=0.0)), rollouts)
     assert "m" not in report.metrics
-    assert report.extra == {}
+    assert all(r.extra == {} for r in rollouts)
 
 
 def test_log_extra(run, caplog):
@@ -237,8 +238,9 @@ def test_log_extra(run, caplog):
         log_extra("parsed", ["w"])
         return [0.0] * 4
 
-    _, report = score(run(RewardFunction("fn", fn), RewardFunction("wrong", wrong, weight=0.0)))
-    assert report.extra == {"parsed": ["w", "x", "y", "z"]}
+    rollouts = make_rollouts()
+    score(run(RewardFunction("fn", fn), RewardFunction("wrong", wrong, weight=0.0)), rollouts)
+    assert [r.extra for r in rollouts] == [{"parsed": c} for c in "wxyz"]
     assert "1 values for 4 completions" in caplog.text
 
 

@@ -18,8 +18,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastgrpo.completions import write_completions
 from fastgrpo.records import Prompt, Rollout
-from fastgrpo.tracking import MetricsWriter, Tracker, write_completions, write_summary
+from fastgrpo.tracking import MetricsWriter, Tracker, write_summary
 
 
 def rollout(

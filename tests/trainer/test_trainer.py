@@ -334,3 +334,14 @@ def test_rollout_record_knows_when_it_failed() -> None:
     assert rollout.failed
     rollout.reward = 0.0
     assert not rollout.failed
+
+
+def test_what_a_reward_logs_stands_in_the_table(tiny_model_dir: Path, tmp_path: Path) -> None:
+    def reward(completions: list[str], log_extra: Any, **_: Any) -> list[float]:
+        log_extra("first", [text[:1] for text in completions])
+        return digits(completions)
+
+    make_trainer(tiny_model_dir, tmp_path, reward, max_steps=1).train()
+    [file] = (tmp_path / "run" / "completions").iterdir()
+    for row in pyarrow.parquet.read_table(file).to_pylist():
+        assert row["first"] == row["completion"][:1]

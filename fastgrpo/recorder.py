@@ -14,6 +14,7 @@ from fastgrpo.completions import write_completions
 from fastgrpo.config import GRPOConfig
 from fastgrpo.records import Rollout, RolloutBatch
 from fastgrpo.run_directory import RunDirectory
+from fastgrpo.state import pack_rollouts, save_tensors
 from fastgrpo.tracking import MetricsWriter, Progress, Tracker, write_summary
 
 
@@ -90,9 +91,10 @@ class Recorder:
 
 
 def save_failed_step(folder: Path, step: int, rollouts: list[Rollout]) -> Path:
-    """Keep the inputs of a step that ended the run, for inspection; returns the file."""
+    """Keep the inputs of a step that ended the run: a table to read, and the tokens and log-probs; returns where."""
     kept = folder / "failed"
     kept.mkdir(exist_ok=True)
+    save_tensors(kept / f"step-{step:08d}.safetensors", pack_rollouts(rollouts)[0])
     return write_completions(kept, step, rollouts)
 
 

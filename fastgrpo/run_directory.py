@@ -10,7 +10,10 @@ from fastgrpo.config import ConfigError, decisive_changes
 from fastgrpo.files import atomic_write
 
 # What a run writes; nothing else in the folder is ever touched.
-_OWN = ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "completions", "checkpoints", "tensorboard")
+_OWN = (
+    *("config.yaml", "metrics.jsonl", "summary.json", "report.html", "wandb_run_id"),
+    *("completions", "checkpoints", "tensorboard", "failed"),
+)
 
 
 class RunDirectory:

@@ -15,6 +15,8 @@ from fastgrpo.policy import Policy, Reference
 from fastgrpo.records import Denominators, PackedBatch, Rollout, RolloutBatch
 from fastgrpo_kernels import LossOutput
 
+_PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
 
 class Updater:
     """Applies the minibatches of rollout batches to the policy."""
@@ -25,6 +27,7 @@ class Updater:
         self.optimizer = optimizer
         self.config = config
         self.loss_config = config.loss_config()
+        self._peak_flops = _peak_flops(policy.device)
         # Exact only when a zero advantage means a zero gradient: docs/losses.md.
         self.skip_zero = (
             config.skip_zero_advantage
@@ -60,15 +63,13 @@ class Updater:
         outputs = [self._backward(p, chosen, whole, threshold) for p in packed]
         norm, applied = self.optimizer.step(rate)
         batch.used += 1
-        computed = sum(r.num_tokens + len(r.prompt.token_ids) for r in chosen)
-        total = sum(r.num_tokens + len(r.prompt.token_ids) for r in minibatch)
+        seconds = time.perf_counter() - started
         metrics = {
             **self._loss_metrics(outputs),
+            **self._token_metrics(packed, chosen, minibatch, seconds),
             "grad_norm": norm,
             "lr": rate,
-            "perf/update_time": time.perf_counter() - started,
-            "perf/skipped_token_fraction": 1 - computed / total if total else 0.0,
-            "perf/microbatches": len(packed),
+            "perf/update_time": seconds,
         }
         return metrics, applied
 
@@ -109,11 +110,36 @@ class Updater:
         entropies = [self.policy.logprobs(p.to(self.policy.device), temperature)[1] for p in packed]
         return torch.quantile(torch.cat(entropies).double(), 1 - self.config.top_entropy_quantile).item()
 
+    def _token_metrics(
+        self, packed: list[PackedBatch], chosen: list[Rollout], minibatch: list[Rollout], seconds: float
+    ) -> dict[str, float]:
+        """What was computed, against what a padded or unshared update would have computed."""
+        wanted = sum(r.num_tokens + len(r.prompt.token_ids) for r in chosen)
+        total = sum(r.num_tokens + len(r.prompt.token_ids) for r in minibatch)
+        computed = sum(len(p.input_ids) for p in packed)
+        metrics = {
+            "perf/microbatches": float(len(packed)),
+            "perf/skipped_token_fraction": 1 - wanted / total if total else 0.0,
+            "perf/packing_efficiency": sum(sum(p.lengths) for p in packed) / computed if computed else 1.0,
+            "perf/prompt_sharing_ratio": wanted / computed if computed else 1.0,
+        }
+        if self._peak_flops:
+            metrics["perf/mfu"] = 6 * self.policy.num_parameters * computed / seconds / self._peak_flops
+        return metrics
+
     def _loss_metrics(self, outputs: list[LossOutput]) -> dict[str, float]:
         if not outputs:
             return {"loss": 0.0}
         total = torch.stack([o.loss.detach() for o in outputs]).sum()
         return {"loss": total.item(), **{k: float(v) for k, v in LossOutput.reduce(outputs).items()}}
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s the device's maker states; None where it is not known, as for CPUs."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None)
 
 
 def _scatter(values: Tensor, packed: PackedBatch, rollouts: list[Rollout], name: str) -> None:

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgrpo.checkpoint import (
+from fastgrpo.records import Prompt, Rollout
+from fastgrpo.state import (
     CheckpointError,
     load_json,
     load_tensors,
@@ -30,7 +31,6 @@ from fastgrpo.checkpoint import (
     unpack_optimizer,
     unpack_rollouts,
 )
-from fastgrpo.records import Prompt, Rollout
 
 
 def through_files(folder: Path, packed: tuple[dict[str, Tensor], dict[str, Any]]) -> tuple[dict[str, Tensor], Any]:

@@ -236,7 +236,8 @@ class TestGradients:
         lines = read_lines(tmp_path)
         assert [line["skipped_steps"] for line in lines] == [1, 1, 2, 3]
         assert lines[0]["grad_norm"] is None
-        assert list((tmp_path / "run" / "failed").glob("*.parquet"))
+        kept = sorted(p.name for p in (tmp_path / "run" / "failed").iterdir())
+        assert kept == ["step-00000005.parquet", "step-00000005.safetensors"]
 
 
 class TestCallbacks:

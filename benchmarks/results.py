@@ -1,0 +1,88 @@
+"""The results file: where and when, once, then a row per case."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.cases import Case
+
+_PACKAGES = ("torch", "transformers", "fastgrpo")
+
+
+def row(
+    case: Case, errors: dict[str, float], seconds: Iterable[float] | None, peak_bytes: int | None
+) -> dict[str, Any]:
+    """A case's line; `ms` is None when the result was not right, and nothing was timed."""
+    ms = None
+    if seconds is not None:
+        p20, median, p80 = (round(1e3 * float(x), 3) for x in np.percentile(list(seconds), [20, 50, 80]))
+        ms = {"median": median, "p20": p20, "p80": p80}
+    return {
+        "case": case.name,
+        "op": case.op,
+        "peer": case.peer,
+        "params": case.params,
+        "tokens": case.tokens,
+        "ms": ms,
+        "rounds": case.rounds,
+        "peak_bytes": peak_bytes,
+        "correct": not case.wrong(errors),
+        "errors": {name: float(f"{error:.2g}") for name, error in errors.items()},
+    }
+
+
+def write(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
+    """One file an op, `<op>.json`, so that a run of some leaves the others' files as they are; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    header, written = _header(), []
+    for op in dict.fromkeys(r["op"] for r in rows):
+        results = [r for r in rows if r["op"] == op]
+        path = folder / f"{op}.json"
+        path.write_text(json.dumps({**header, "results": results}, indent=2, allow_nan=False) + "\n")
+        written.append(path)
+    return written
+
+
+def _header() -> dict[str, Any]:
+    return {
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES},
+        "device": {
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load_average_1min": round(os.getloadavg()[0], 2),
+        },
+    }
+
+
+def _commit() -> str | None:
+    """The hash, with "-dirty" when tracked files differ from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

@@ -1,37 +1,41 @@
-"""Peak memory of a case on the CPU, in a process of its own: `python -m benchmarks.memory MODULE CASE` prints bytes."""
+"""Peak memory of a case on the CPU, in a process that has run nothing else."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import importlib
-import os
-import subprocess
+import multiprocessing
 import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
-from benchmarks.cases import Case, find
-
-_ROOT = Path(__file__).parents[1]
+from benchmarks.cases import Case
 
 
-def peak_extra_bytes(case: Case) -> int | None:
-    """Bytes resident at the peak of one run beyond those resident before it; None where there is no Linux to ask.
+def fresh_processes(modules: Iterable[str]) -> BaseContext | None:
+    """Processes that have imported these modules and done no more; None where there is no Linux to ask for a peak."""
+    if sys.platform != "linux":
+        return None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(modules))
+    return context
+
+
+def peak_extra_bytes(case: Case, processes: BaseContext) -> int:
+    """Bytes resident at the peak of one run beyond those resident before it.
 
     What the run returns and leaves behind, gradients above all, is counted; weights and inputs are not. The run before
     it, in the same process, has already loaded code and filled the libraries' own caches.
     """
-    if sys.platform != "linux":
-        return None
-    command = [sys.executable, "-m", "benchmarks.memory", case.module, case.name]
-    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        command, cwd=_ROOT, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return int(done.stdout.split()[-1])
+    with ProcessPoolExecutor(1, mp_context=processes) as process:
+        return process.submit(_measure, case.module, case.name).result()
 
 
-def _measure(case: Case) -> int:
+def _measure(module: str, name: str) -> int:
+    case = next(case for case in importlib.import_module(module).CASES if case.name == name)
     case.run(case.inputs(0))
     inputs = case.inputs(1)
     gc.collect()
@@ -46,8 +50,3 @@ def _resident(field: str) -> int:
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
-
-
-if __name__ == "__main__":
-    importlib.import_module(sys.argv[1])
-    print(_measure(find(sys.argv[1], sys.argv[2])))

@@ -26,8 +26,8 @@ def row(
     """A case's line; `ms` is None when the result was not right, and nothing was timed."""
     ms = None
     if seconds is not None:
-        p20, median, p80 = (round(1e3 * float(x), 3) for x in np.percentile(list(seconds), [20, 50, 80]))
-        ms = {"median": median, "p20": p20, "p80": p80}
+        values = np.percentile(list(seconds), [50, 0, 20, 80])
+        ms = {name: round(1e3 * float(x), 3) for name, x in zip(("median", "min", "p20", "p80"), values, strict=True)}
     return {
         "case": case.name,
         "op": case.op,
@@ -42,22 +42,21 @@ def row(
     }
 
 
-def write(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
-    """One file an op, `<op>.json`, so that a run of some leaves the others' files as they are; returns the files."""
+def write(folder: Path, rows: list[dict[str, Any]], timer: str) -> None:
+    """One file an op, `<op>.json`, so that a run of some leaves the others' files as they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    header, written = _header(), []
+    header = _header(timer)
     for op in dict.fromkeys(r["op"] for r in rows):
         results = [r for r in rows if r["op"] == op]
-        path = folder / f"{op}.json"
-        path.write_text(json.dumps({**header, "results": results}, indent=2, allow_nan=False) + "\n")
-        written.append(path)
-    return written
+        text = json.dumps({**header, "results": results}, indent=2, allow_nan=False)
+        (folder / f"{op}.json").write_text(f"{text}\n")
 
 
-def _header() -> dict[str, Any]:
+def _header(timer: str) -> dict[str, Any]:
     return {
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "timer": timer,
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES},
         "device": {
             "cpu": _cpu_name(),

@@ -104,7 +104,6 @@ CASES = [
         inputs=partial(make_inputs, **size),
         run=run,
         errors=errors,
-        rounds=5,
         tolerance={"loss": 1e-5, "grad_hidden": 1e-4, "grad_weight": 1e-4},
     )
     for size in _SIZES

@@ -23,7 +23,7 @@ from fastgrpo.policy import Policy
 from fastgrpo.records import Prompt, Rollout
 from fastgrpo_kernels import LossConfig
 
-_PROMPTS, _GENERATIONS = 8, 4
+_PROMPTS, _GENERATIONS = 4, 4
 _MEDIAN, _SIGMA = 48, 0.6  # of the completions' lengths in tokens, and of the lengths' logarithms
 
 
@@ -43,13 +43,13 @@ def _lengths() -> list[int]:
 
 
 def make_rollouts(seed: int) -> list[Rollout]:
-    """Random tokens; prompts of 16 to 44 tokens; old log-probs that put the ratios on both sides of the clip range."""
+    """Random tokens; prompts of 16 to 40 tokens; old log-probs that put the ratios on both sides of the clip range."""
     g, rng = torch.Generator().manual_seed(seed), random.Random(seed)
     lengths = rng.sample(_lengths(), _PROMPTS * _GENERATIONS)
     made = []
     for i, length in enumerate(lengths):
         group = i // _GENERATIONS
-        ids = torch.randint(VOCABULARY, (16 + 4 * group + length,), generator=g).tolist()
+        ids = torch.randint(VOCABULARY, (16 + 8 * group + length,), generator=g).tolist()
         prompt = Prompt(group, "", ids[:-length])
         old = -log(VOCABULARY) - 0.3 + 0.3 * torch.randn(length, generator=g)
         advantage = rng.gauss(0, 1)

@@ -35,7 +35,8 @@ class RunOptions:
 
     Attributes:
         output_dir: The run directory: config, metrics, completions, checkpoints, summary and report.
-        overwrite_output_dir: Start afresh in an output_dir that holds a run, and remove that run.
+        overwrite_output_dir: Where output_dir holds a run with other options, or resume is "never": remove that run and
+            start afresh.
         allow_config_change: Go on with a run although options that decide its course were changed.
         max_steps: Optimizer steps; -1 lets num_train_epochs decide.
         num_train_epochs: Passes over the training prompts, when max_steps is -1.

@@ -9,11 +9,11 @@ One process, one device. The stages stand in files of their own and do not know 
 from __future__ import annotations
 
 import copy
+import math
 import os
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from fastgrpo.checkpoint import CheckpointStore
 from fastgrpo.collect import Collector
 from fastgrpo.config import ConfigError, GRPOConfig
-from fastgrpo.data import PromptSource, load_rows
+from fastgrpo.data import PromptSource
 from fastgrpo.errors import RunError
 from fastgrpo.evaluation import evaluate
 from fastgrpo.integrations.callbacks import Callbacks
@@ -30,12 +30,13 @@ from fastgrpo.optim import Optimizer, learning_rate
 from fastgrpo.policy import Policy, Reference, load_policy
 from fastgrpo.recorder import Recorder, save_failed_step
 from fastgrpo.records import Prompt, RolloutBatch, TrainState
-from fastgrpo.rewards import RewardDefaults, RewardFunction, RewardRunner, resolve_all
+from fastgrpo.rewards import RewardRunner
 from fastgrpo.rollout import Engine, make_engine
 from fastgrpo.run_directory import RunDirectory
 from fastgrpo.signals import StopRequested, StopSignals
 from fastgrpo.snapshot import MODEL_FOLDER, read_snapshot, write_snapshot
 from fastgrpo.state import rng_state
+from fastgrpo.task import Task, make_prompts
 from fastgrpo.update import Updater
 
 
@@ -75,16 +76,10 @@ class GRPOTrainer:
         self.started = time.perf_counter()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("several processes (WORLD_SIZE > 1) are not supported yet: start a single one")
-        self._task = {
-            "model": model,
-            "processing_class": processing_class,
-            "train_dataset": train_dataset,
-            "eval_dataset": eval_dataset,
-            "reward_funcs": reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs],
-            "peft_config": peft_config,
-        }
+        rewards = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        self.task = Task(model, processing_class, train_dataset, eval_dataset, rewards, peft_config)
         self._callback_list = list(callbacks or [])
-        self.rewards = RewardRunner(self._resolve_rewards())
+        self.rewards = RewardRunner(self.task.rewards(self.config))
         self.config.loss_config()  # its own checks, before anything is loaded
         self.directory = RunDirectory(self.config.output_dir)
         self.state = TrainState()
@@ -92,6 +87,8 @@ class GRPOTrainer:
         self.source: PromptSource
         self.eval_prompts: list[Prompt] = []
         self.policy: Policy
+        self.reference: Reference | None = None
+        self._loaded = False
         self.engine: Engine
         self.recorder: Recorder
         self.total_steps = 0
@@ -112,7 +109,7 @@ class GRPOTrainer:
         self._open(resume)
         try:
             with StopSignals() as self.signals:
-                if self.state.step < self.total_steps:
+                if self.state.step < self.total_steps or not self.directory.summary.exists():
                     self._run()
                 else:
                     self.recorder.message(f"finished before, at step {self.state.step}: {self.directory.path}")
@@ -136,10 +133,9 @@ class GRPOTrainer:
 
     def evaluate(self) -> dict[str, float]:
         """Sample and score the evaluation prompts with the weights as they are; returns the metrics `eval/...`."""
-        if self._task["eval_dataset"] is None:
+        if self.task.eval_dataset is None:
             raise ConfigError("eval_dataset is required for an evaluation")
-        if not hasattr(self, "policy"):
-            self._load(self._task["model"])
+        self._load(self.task.model, train=False)
         return self._evaluate()
 
     # ----------------------------------------------------------------------------------------------------- its steps
@@ -158,11 +154,17 @@ class GRPOTrainer:
 
     def _collect(self) -> RolloutBatch:
         """A fresh rollout batch. May be cut short by a signal: it is then collected again after the resume."""
-        with self.signals.interruptible():
-            self.engine.wake()
-            batch = self.collector.collect(self.state, self._trainer_state())
-            self.engine.sleep()
-            self.updater.prepare(batch)
+        try:
+            with self.signals.interruptible():
+                self.engine.wake()
+                batch = self.collector.collect(self.state, self._trainer_state())
+                self.engine.sleep()
+                self.updater.prepare(batch)
+        except Exception:
+            # The weights are still those of the last boundary, so what was learnt until then can be kept.
+            if self._boundary[0].step > 0:
+                self._save()
+            raise
         self.state.too_long = self.source.too_long
         self.recorder.completions(self.state.step + 1, batch.rollouts)
         return batch
@@ -254,7 +256,8 @@ class GRPOTrainer:
 
     def _open(self, resume: str) -> None:
         """Everything between the call of `train` and the first step."""
-        config, options = self.config, self._options()
+        config = self.config
+        options = self.task.options() | config.to_dict()
         afresh = self.directory.check(
             options,
             restart=resume == "never",
@@ -262,17 +265,18 @@ class GRPOTrainer:
             allow_change=config.allow_config_change,
         )
         checkpoint = None if afresh else self._find_checkpoint(resume)
-        self._load(self._where_to_load(checkpoint))
+        self._load(self._where_to_load(checkpoint), train=True)
         self.directory.claim(options, afresh=afresh)
         self.store = CheckpointStore(self.directory.path, config.save_total_limit)
         self.optimizer = Optimizer(self.policy.trainable(), config)
-        reference = Reference(self.policy) if config.beta > 0 else None
-        self._moving_reference = reference if config.sync_ref_model else None
+        if config.beta > 0 and self.reference is None:
+            self.reference = Reference(self.policy)
+        self._moving_reference = self.reference if config.sync_ref_model else None
         self.collector = Collector(self.source, self.engine, self.rewards, config)
-        self.updater = Updater(self.policy, reference, self.optimizer, config)
+        self.updater = Updater(self.policy, self.reference, self.optimizer, config)
         self.callbacks = Callbacks(self._callback_list, config, self.policy, self.optimizer.torch_optimizer)
-        batches = config.num_train_epochs * len(self.source) / config.num_prompts_per_step
-        self.total_steps = config.max_steps if config.max_steps > 0 else max(1, round(batches)) * config.steps_per_batch
+        batches = math.ceil(config.num_train_epochs * len(self.source) / config.num_prompts_per_step)
+        self.total_steps = config.max_steps if config.max_steps > 0 else batches * config.steps_per_batch
         self._seed_generators()
         if checkpoint is not None:
             self.state, self.pending = read_snapshot(
@@ -302,77 +306,31 @@ class GRPOTrainer:
 
     def _where_to_load(self, checkpoint: Path | None) -> Any:
         """The checkpoint's own model folder where that is enough; a reference or base model needs the initial one."""
-        model = self._task["model"]
-        enough = self.config.beta == 0 and not self.config.use_peft and self._task["peft_config"] is None
-        return str(checkpoint / MODEL_FOLDER) if checkpoint and enough and isinstance(model, str) else model
+        enough = self.config.beta == 0 and not self.config.use_peft and self.task.peft_config is None
+        if checkpoint and enough and isinstance(self.task.model, str):
+            return str(checkpoint / MODEL_FOLDER)
+        return self.task.model
 
-    def _load(self, model: Any) -> None:
-        """Data first, it is the cheapest to find fault with; then the model, the prompts and the engine."""
+    def _load(self, model: Any, *, train: bool) -> None:
+        """Data first, it is the cheapest to find fault with; then the model, once, the prompts and the engine."""
         config = self.config
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
-        train_rows = self._rows("train_dataset", config.train_split)
-        eval_rows = self._rows("eval_dataset", config.eval_split)
-        self._seed_generators()
-        self.policy = load_policy(model, self._task["processing_class"], config, self._task["peft_config"])
+        train_rows = self.task.train_rows(config) if train else None
+        eval_rows = self.task.eval_rows(config)
+        if not self._loaded:
+            self._seed_generators()
+            self.policy = load_policy(model, self.task.processing_class, config, self.task.peft_config)
+            self._loaded = True
         if train_rows is not None:
-            self.source = self._prompts(train_rows, config.max_completion_length)
+            self.source = make_prompts(train_rows, self.policy, config, config.max_completion_length)
         if eval_rows is not None:
             longest = config.eval_max_completion_length or config.max_completion_length
-            self.eval_prompts = list(self._prompts(eval_rows, longest).usable(config.eval_max_prompts))
+            held_out = make_prompts(eval_rows, self.policy, config, longest)
+            self.eval_prompts = list(held_out.usable(config.eval_max_prompts))
         self.engine = make_engine(config.rollout_engine, self.policy, batch_size=config.rollout_batch_size)
 
-    def _rows(self, name: str, split: str) -> Any:
-        source = self._task[name]
-        if source is None:
-            if name == "train_dataset":
-                raise ConfigError("train_dataset is required")
-            return None
-        return load_rows(source, split=split, name=self.config.dataset_name, column_mapping=self.config.column_mapping)
-
-    def _prompts(self, rows: Any, completion_length: int) -> PromptSource:
-        config = self.config
-        room = (self.policy.context_length or 2**31) - completion_length
-        if room < 1:
-            raise ConfigError(
-                f"max_completion_length={completion_length} leaves no room for a prompt in the model's context of "
-                f"{self.policy.context_length} tokens"
-            )
-        return PromptSource(
-            rows,
-            self.policy.tokenizer,
-            max_prompt_length=min(config.max_prompt_length or room, room),
-            vocab_size=self.policy.vocab_size,
-            system_prompt=config.system_prompt,
-            prompt_template=config.prompt_template,
-            chat=config.chat,
-            long_prompts=config.long_prompts,
-            shuffle=config.shuffle_dataset,
-            seed=config.seed,
-        )
-
     # ------------------------------------------------------------------------------------------------- small matters
-
-    def _resolve_rewards(self) -> list[RewardFunction]:
-        specs, config = self._task["reward_funcs"], self.config
-        if not specs:
-            raise ConfigError("reward_funcs is required: at least one reward function")
-        if config.reward_weights is not None and len(config.reward_weights) != len(specs):
-            raise ConfigError(f"reward_weights has {len(config.reward_weights)} entries, reward_funcs {len(specs)}")
-        defaults = RewardDefaults(timeout=config.reward_timeout, max_completion_length=config.max_completion_length)
-        functions = resolve_all(specs, defaults=defaults)
-        if config.reward_weights is not None:
-            functions = [replace(f, weight=w) for f, w in zip(functions, config.reward_weights, strict=True)]
-        return functions
-
-    def _options(self) -> dict[str, Any]:
-        """The task and all options as plain values: config.yaml. Python objects stand there by what they are called."""
-        task = {name: _plain(value) for name, value in self._task.items() if value is not None or name != "peft_config"}
-        task["reward_funcs"] = [
-            {k: _plain(v) for k, v in spec.items()} if isinstance(spec, dict) else _plain(spec)
-            for spec in self._task["reward_funcs"]
-        ]
-        return task | self.config.to_dict()
 
     def _trainer_state(self) -> Any:
         if not hasattr(self, "callbacks"):
@@ -389,9 +347,3 @@ class GRPOTrainer:
 
     def _seconds(self) -> float:
         return round(self._seconds_before + time.perf_counter() - self.started, 3)
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    return f"<{getattr(value, '__name__', None) or type(value).__name__}>"

@@ -13,7 +13,7 @@ _KERNELS = _ROOT / "kernels" / "fastgrpo_kernels"
 
 # Stages meet in records.py and never import one another; what leads a batch through them may import them all.
 _STAGES = {"advantages", "data", "evaluation", "loss", "optim", "packing", "policy", "rewards", "rollout"}
-_CONDUCTORS = {"trainer", "collect", "update", "evaluation", "snapshot"}
+_CONDUCTORS = {"trainer", "collect", "update", "evaluation", "snapshot", "task"}
 _SHARED = {"records", "config", "options", "errors", "importing", "seeding"}
 # A stage spread over several modules.
 _PARTS = {"data": {"rows"}}

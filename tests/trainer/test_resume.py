@@ -11,6 +11,7 @@ from runs import ROWS, assert_same_run, make_trainer, read_lines, timeless
 from transformers import TrainerCallback
 
 from fastgrpo import ConfigError
+from fastgrpo.rewards import AllRewardsFailed
 from fastgrpo.state import CheckpointError
 
 
@@ -97,3 +98,44 @@ class TestResume:
         rows = [{"prompt": "x" + r["prompt"], "answer": r["answer"]} for r in ROWS]
         with pytest.raises(CheckpointError, match="is not what it was"):
             make_trainer(tiny_model_dir, tmp_path, **{**options, "max_steps": 4}, train_dataset=rows).train()
+
+    @pytest.mark.parametrize(
+        "options", [{"beta": 0.1}, {"use_peft": True, "lora_r": 2, "beta": 0.1}], ids=["full", "lora"]
+    )
+    def test_one_trainer_trained_twice_is_the_run_in_one(
+        self, options: dict[str, Any], helpers: Any, tmp_path: Path
+    ) -> None:
+        """With a model that was handed over loaded: the second call keeps it, its adapters and its reference."""
+        given = {"processing_class": helpers.make_tokenizer(), **options}
+        make_trainer(helpers.make_model(), tmp_path / "whole", **given).train()
+        trainer = make_trainer(helpers.make_model(), tmp_path / "parts", **given)
+        trainer.config.max_steps = 2
+        trainer.train()
+        trainer.config.max_steps = 4
+        trainer.train()
+        assert timeless(read_lines(tmp_path / "whole")) == timeless(read_lines(tmp_path / "parts"))
+
+    def test_killed_between_the_last_checkpoint_and_the_summary(self, tiny_model_dir: Path, tmp_path: Path) -> None:
+        make_trainer(tiny_model_dir, tmp_path).train()
+        for name in ("summary.json", "report.html"):
+            (tmp_path / "run" / name).unlink()
+        assert make_trainer(tiny_model_dir, tmp_path).train().step == 4
+        assert (tmp_path / "run" / "summary.json").exists()
+        assert (tmp_path / "run" / "report.html").exists()
+
+    def test_rewards_that_fail_late_lose_nothing(self, tiny_model_dir: Path, tmp_path: Path) -> None:
+        """The step before is saved, and with the reward mended the run is the one that never failed."""
+        broken = [True]
+
+        def digits(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
+            if trainer_state.global_step == 3 and broken[0]:
+                raise ValueError("late")
+            return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+
+        with pytest.raises(AllRewardsFailed):
+            make_trainer(tiny_model_dir, tmp_path / "a", digits).train()
+        assert (tmp_path / "a" / "run" / "checkpoints" / "step-00000003").is_dir()
+        broken[0] = False
+        make_trainer(tiny_model_dir, tmp_path / "a", digits).train()
+        make_trainer(tiny_model_dir, tmp_path / "b", digits).train()
+        assert_same_run(tmp_path / "a", tmp_path / "b")

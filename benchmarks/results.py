@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ _PACKAGES = ("torch", "transformers", "fastgrpo")
 def row(
     case: Case, errors: dict[str, float], seconds: Iterable[float] | None, peak_bytes: int | None
 ) -> dict[str, Any]:
-    """A case's line; `ms` is None when the result was not right, and nothing was timed."""
+    """A case's line; `ms` is None when the result was not right, and nothing was timed. A non-finite error is None."""
     ms = None
     if seconds is not None:
         values = np.percentile(list(seconds), [50, 0, 20, 80])
@@ -38,7 +39,7 @@ def row(
         "rounds": case.rounds,
         "peak_bytes": peak_bytes,
         "correct": not case.wrong(errors),
-        "errors": {name: float(f"{error:.2g}") for name, error in errors.items()},
+        "errors": {name: float(f"{e:.2g}") if isfinite(e) else None for name, e in errors.items()},
     }
 
 

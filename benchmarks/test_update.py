@@ -140,8 +140,14 @@ def truth() -> tuple[Tensor, list[Tensor]]:
 def _params() -> tuple[dict[str, object], int]:
     """The size, and the tokens that are not padding."""
     lengths = [len(r.prompt.token_ids) + r.num_tokens for r in make_rollouts(0)]
-    params: dict[str, object] = {"model": NAME, "prompts": _PROMPTS, "n": _GENERATIONS}
-    return params | {"lengths": f"lognormal({_MEDIAN},{_SIGMA})"}, sum(lengths)
+    params = {
+        "model": NAME,
+        "prompts": _PROMPTS,
+        "n": _GENERATIONS,
+        "lengths": f"lognormal({_MEDIAN},{_SIGMA})",
+        "padding": round(1 - sum(lengths) / (len(lengths) * max(lengths)), 2),
+    }
+    return params, sum(lengths)
 
 
 _PARAMS, _TOKENS = _params()
@@ -156,6 +162,7 @@ CASES = [
         run=run,
         errors=errors,
         tolerance={"loss": 1e-5, "gradient": 1e-4, "missing_gradients": 0},
+        rounds=11,
     )
     for peer, (inputs, run) in _PEERS.items()
 ]

@@ -76,14 +76,22 @@ def _prompt(a: int, b: int) -> str:
 
 
 def _as_rows(problems: list[tuple[int, int]]) -> Dataset:
-    return Dataset.from_list([{"prompt": f"{a:02d}+{b:02d}=", "answer": f"{a + b:03d}"} for a, b in problems])
+    return Dataset.from_list([{"prompt": _prompt(a, b), "answer": _answer(a + b)} for a, b in problems])
+
+
+def _prompt(a: int, b: int) -> str:
+    return f"{a:02d}+{b:02d}="
+
+
+def _answer(total: int) -> str:
+    return f"{total:03d}"
 
 
 def _warm_up(net: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, rng: random.Random) -> None:
     """Supervised steps on right sums, then on sums that are often wrong in the last digit."""
     right = _optimizer(net, peak=4e-3, steps=_RIGHT_STEPS)
     for _ in range(_RIGHT_STEPS):
-        _supervised_step(net, tok, [(a, b, f"{a + b:03d}") for a, b in rng.choices(_WARM_UP, k=64)], *right)
+        _supervised_step(net, tok, [(a, b, _answer(a + b)) for a, b in rng.choices(_WARM_UP, k=64)], *right)
     wrong = _optimizer(net, peak=3e-4, steps=_WRONG_STEPS)
     for _ in range(_WRONG_STEPS):
         _supervised_step(net, tok, [(a, b, _careless(a + b, rng)) for a, b in rng.choices(_WARM_UP, k=256)], *wrong)
@@ -91,7 +99,7 @@ def _warm_up(net: Qwen3ForCausalLM, tok: PreTrainedTokenizerFast, rng: random.Ra
 
 def _careless(total: int, rng: random.Random) -> str:
     wrong = rng.random() < _WRONG_SHARE
-    return f"{total // 10:02d}{rng.randrange(10) if wrong else total % 10}"
+    return _answer(total // 10 * 10 + rng.randrange(10) if wrong else total)
 
 
 def _optimizer(net: Qwen3ForCausalLM, peak: float, steps: int) -> tuple[AdamW, OneCycleLR]:
@@ -107,7 +115,7 @@ def _supervised_step(
     schedule: OneCycleLR,
 ) -> None:
     vocabulary = tok.get_vocab()
-    rows = [[*(vocabulary[c] for c in f"{a:02d}+{b:02d}={answer}"), tok.eos_token_id] for a, b, answer in sums]
+    rows = [[*(vocabulary[c] for c in _prompt(a, b) + answer), tok.eos_token_id] for a, b, answer in sums]
     batch = torch.tensor(rows)
     hidden = net.model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state[:, _PROMPT_LENGTH - 1 :]
     loss = F.cross_entropy(net.lm_head(hidden).flatten(0, 1), batch[:, _PROMPT_LENGTH:].flatten())

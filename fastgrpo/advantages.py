@@ -29,7 +29,7 @@ def assign_advantages(rollouts: list[Rollout], weights: dict[str, float], config
             reward, group, baseline=config.advantage_baseline, scale=config.scale_rewards, eps=_EPS
         )
     if config.advantage_whitening:
-        advantage = _standardize(advantage, ~reward.isnan())
+        advantage = _standardize(advantage, ~reward.isnan(), centred=config.advantage_baseline != "none")
     for rollout, value in zip(rollouts, advantage.tolist(), strict=True):
         rollout.advantage = value
 
@@ -53,12 +53,16 @@ def _normalize_then_sum(
         total += weight * group_advantages(
             reward, group, baseline=config.advantage_baseline, scale=config.scale_rewards, eps=_EPS
         )
-    return _standardize(total, ~failed)
+    return _standardize(total, ~failed, centred=config.advantage_baseline != "none")
 
 
-def _standardize(advantage: Tensor, valid: Tensor) -> Tensor:
-    """(a - mean) / (std + eps) over the valid samples, 0 for the others and when none differs."""
+def _standardize(advantage: Tensor, valid: Tensor, *, centred: bool) -> Tensor:
+    """(a - mean) / (std + eps) over the valid samples, 0 for the others and when none differs.
+
+    centred: every group has mean 0 already and the mean is 0 but for rounding: left out, a dead group stays exactly 0.
+    """
     values = advantage[valid]
     if values.numel() < 2 or bool((values == values[0]).all()):
         return torch.zeros_like(advantage)
-    return torch.where(valid, (advantage - values.mean()) / (values.std() + _EPS), 0.0)
+    mean = 0.0 if centred else values.mean()
+    return torch.where(valid, (advantage - mean) / (values.std() + _EPS), 0.0)

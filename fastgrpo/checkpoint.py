@@ -146,15 +146,22 @@ class CheckpointStore:
         sync(self.folder)
         sync(self.folder.parent)
 
-    def _prune(self, step: int) -> None:
-        found = self._list()
-        abandoned = [path for other, path in found if other > step]
+    def drop_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps: the run goes on from `step`, they are of a continuation given up."""
+        abandoned = [path for other, path in self._list() if other > step]
         if abandoned:
             names = ", ".join(path.name for path in abandoned)
-            logger.warning("step %d is saved; deleting later checkpoints, of a continuation given up: %s", step, names)
-        older = [path for other, path in found if other <= step]
+            logger.warning("going on from step %d; deleting later checkpoints: %s", step, names)
+        self._delete_all(abandoned)
+
+    def _prune(self, step: int) -> None:
+        self.drop_after(step)
+        older = [path for other, path in self._list() if other <= step]
         surplus = older[: -self._limit] if self._limit else []
-        for path in [*self.folder.glob(".replaced-*"), *abandoned, *surplus]:
+        self._delete_all([*self.folder.glob(".replaced-*"), *surplus])
+
+    def _delete_all(self, paths: list[Path]) -> None:
+        for path in paths:
             try:
                 self._delete(path)
             except OSError as error:

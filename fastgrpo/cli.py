@@ -17,6 +17,8 @@ from fastgrpo.config import ConfigError, RunConfig, nearest
 from fastgrpo.errors import RunError
 from fastgrpo.options import GROUPS, TaskOptions
 
+_LISTS = ("reward_funcs", "report_to", "stop_token_ids", "reward_weights")
+
 _USAGE = """usage: fastgrpo COMMAND ...
 
   fastgrpo train CONFIG.yaml [--option value ...]   train; the same command again goes on where the run stopped
@@ -54,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("FASTGRPO_TRACEBACK") or not _expected(error):
             raise
-        print(f"fastgrpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        hint = "" if isinstance(error, (ConfigError, RunError)) else " (FASTGRPO_TRACEBACK=1 shows where)"
+        print(f"fastgrpo: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 2
 
 
@@ -132,30 +135,42 @@ def _read_command(argv: list[str], command: str) -> tuple[RunConfig, str]:
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help=jsonargparse.SUPPRESS)
-    parser.add_argument(
-        "--resume",
-        type=str,
-        default="auto",
-        help='"auto": go on from the newest checkpoint in output_dir; "never"; or a checkpoint\'s path.',
-    )
+    if command == "train":
+        parser.add_argument(
+            "--resume",
+            type=str,
+            default="auto",
+            help='"auto": go on from the newest checkpoint in output_dir; "never"; or a checkpoint\'s path.',
+        )
     for group in (TaskOptions, *GROUPS):
         parser.add_class_arguments(group)
     known = [a.dest for a in parser._actions if a.dest not in ("help", "config", "print_config")]
     if argv and not argv[0].startswith("-"):
-        _check_file(argv[0], known)
+        contents = _read_file(argv[0], known)
         sys.path.insert(0, str(Path(argv[0]).resolve().parent))
-        argv = ["--config", *argv]
+        argv = ["--config", contents, *argv[1:]]
     _check_spelling(argv, known)
     try:
-        options = parser.parse_args(argv).as_dict()
+        options = parser.parse_args(_lists(argv)).as_dict()
     except jsonargparse.ArgumentError as error:
-        raise ConfigError(_one_line(error)) from error
-    resume = options.pop("resume")
+        hint = "; CONFIG.yaml comes first" if "unrecognized" in str(error) else ""
+        raise ConfigError(_one_line(error) + hint) from error
+    resume = options.pop("resume", "auto")
     options.pop("config")
     return RunConfig(**options), resume
 
 
-def _check_file(path: str, known: list[str]) -> None:
+def _lists(argv: list[str]) -> list[str]:
+    """`--report_to tensorboard` means a list of one."""
+    given = list(argv)
+    for i, word in enumerate(given[:-1]):
+        if word.removeprefix("--") in _LISTS and not given[i + 1].startswith("["):
+            given[i + 1] = f"[{given[i + 1]}]"
+    return given
+
+
+def _read_file(path: str, known: list[str]) -> str:
+    """The config file as YAML text, its names checked and single values in place of lists made lists."""
     import yaml
 
     try:
@@ -166,9 +181,12 @@ def _check_file(path: str, known: list[str]) -> None:
         raise ConfigError(f"{path} is not YAML: {_one_line(error)}") from error
     if not isinstance(contents, dict):
         raise ConfigError(f"{path} must hold options as 'name: value' lines")
-    for name in contents:
+    for name, value in contents.items():
         if name not in known:
             raise ConfigError(f"{path}: unknown option {name!r}{nearest(str(name), known)}")
+        if name in _LISTS and value is not None and not isinstance(value, list):
+            contents[name] = [value]
+    return yaml.safe_dump(contents)
 
 
 def _check_spelling(argv: list[str], known: list[str]) -> None:

@@ -11,7 +11,7 @@ from fastgrpo.advantages import assign_advantages, group_signal
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data import PromptSource
 from fastgrpo.records import Rollout, RolloutBatch, Sampling, TrainState
-from fastgrpo.rewards import RewardReport, RewardRunner, reward_statistics
+from fastgrpo.rewards import RewardReport, RewardRunner, raise_if_all_failed, reward_statistics
 from fastgrpo.rollout import Engine
 from fastgrpo.seeding import derive_seed
 
@@ -32,18 +32,21 @@ class Collector:
         drawn: list[Rollout] = []
         clock = {"perf/rollout_time": 0.0, "perf/reward_time": 0.0}
         logged: dict[str, float] = {}
+        failures: list[str] = []
         rounds = 0
         while len(kept) < config.samples_per_batch:
             rounds += 1
             missing = config.num_prompts_per_step - len(kept) // config.num_generations
             fresh, report = self._sample_and_score(missing, rounds, state, trainer_state, clock)
             logged |= report.metrics
+            failures += report.failures
             last = rounds >= config.dynamic_sampling_max_rounds or not config.dynamic_sampling
             alive = group_signal(fresh)
             for r in fresh:
                 r.group += len(drawn)  # groups stay apart over the rounds
             kept += [r for r in fresh if last or alive[r.group - len(drawn)]]
             drawn += fresh
+        raise_if_all_failed(drawn, failures)
         state.batches_done += 1
         state.num_tokens += sum(len(r.prompt.token_ids) + r.num_tokens for r in drawn)
         assign_advantages(kept, {f.name: f.weight for f in self.rewards.functions}, config)
@@ -67,7 +70,7 @@ class Collector:
         )
         rollouts = self.engine.generate(prompts, config.num_generations, sampling)
         generated = time.perf_counter()
-        report = self.rewards.score(rollouts, trainer_state=trainer_state)
+        report = self.rewards.score(rollouts, trainer_state=trainer_state, all_may_fail=True)
         clock["perf/rollout_time"] += generated - started
         clock["perf/reward_time"] += time.perf_counter() - generated
         return rollouts, report

@@ -6,6 +6,7 @@ Nothing here loads torch: a wrong option is reported before anything heavy start
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -82,6 +83,8 @@ class GRPOConfig(
             _require(self, name, lambda v: 0 <= v <= 1, "between 0 and 1")
         _require(self, "top_entropy_quantile", lambda v: 0 < v <= 1, "above 0 and at most 1")
         _require(self, "max_steps", lambda v: v == -1 or v > 0, "-1 or greater than 0")
+        _require(self, "seed", lambda v: v < 2**63, "less than 2**63")
+        _require(self, "output_dir", bool, "a folder's name")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -105,6 +108,10 @@ class GRPOConfig(
             raise ConfigError(
                 "sampling_correction must be none or a token mode, not a sequence mode, for loss_type=vespo"
             )
+        if self.dynamic_sampling and self.advantage_baseline == "none":
+            raise ConfigError("dynamic_sampling needs a baseline: without one every group carries a signal")
+        if self.reward_weights is not None and not any(self.reward_weights):
+            raise ConfigError("reward_weights are all 0: nothing would be rewarded")
         if self.sync_ref_model and self.beta == 0:
             raise ConfigError("sync_ref_model needs a reference model: set beta above 0")
         if self.sync_ref_model and self.use_peft:
@@ -160,7 +167,10 @@ def nearest(name: str, known: list[str]) -> str:
 
 def decisive_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The options, as `name: old -> new`, that differ and would change the course of a run that goes on."""
-    names = [n for n in {**old, **new} if n not in FREE_ON_RESUME]
+    free = FREE_ON_RESUME
+    if new.get("lr_scheduler_type") != "constant":
+        free = free - {"max_steps", "num_train_epochs"}  # the learning rate's course hangs on the last step
+    names = [n for n in {**old, **new} if n not in free]
     return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
 
 
@@ -200,7 +210,7 @@ def _matches(value: Any, hint: Any) -> bool:
     if args:
         return any(_matches(value, a) for a in args)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

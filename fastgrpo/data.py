@@ -87,6 +87,9 @@ class PromptSource:
         self._seed = seed
         self._too_long: set[int] = set()
         self._epoch_order: tuple[int, np.ndarray] | None = None
+        # A row that can never be a prompt is found now, not hours later when it is drawn. Nothing is tokenized here.
+        for index, prompt in enumerate(rows["prompt"]):
+            self._check_prompt(prompt, index)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -192,12 +195,31 @@ class PromptSource:
     def _content(self, row: dict[str, Any], index: int) -> str | list[Message]:
         """What the user wrote, in the row's form."""
         prompt = row["prompt"]
+        if isinstance(prompt, str):
+            return prompt if self._prompt_template is None else self._fill_in(row, index)
+        # Arrow gives every message the keys of all others, as None; templates test for their presence.
+        messages = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in prompt]
+        if self._system_prompt is None:
+            return messages
+        return [{"role": "system", "content": self._system_prompt}, *messages]
+
+    def _fill_in(self, row: dict[str, Any], index: int) -> str:
+        assert self._prompt_template is not None
+        try:
+            return self._prompt_template.format(**row)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ValueError(
+                f"row {index}: prompt_template {self._prompt_template!r} cannot be filled in: {error}"
+            ) from error
+
+    def _check_prompt(self, prompt: Any, index: int) -> None:
+        """Raises ValueError, naming the row, for what is no text and no chat, or does not fit the options."""
         if not isinstance(prompt, (str, list)) or not prompt:
             raise ValueError(
                 f"row {index}: the prompt must be a text or chat messages, and not empty; it is {prompt!r}"
             )
         if isinstance(prompt, str):
-            return prompt if self._prompt_template is None else self._prompt_template.format(**row)
+            return
         if self._prompt_template is not None:
             raise ValueError(f"row {index}: prompt_template needs a plain-text prompt, this one is a chat")
         if self._refuse_chat:
@@ -207,13 +229,8 @@ class PromptSource:
                 raise ValueError(
                     f"row {index}: a chat message must be {{'role': ..., 'content': ...}}, not {message!r}"
                 )
-        # Arrow gives every message the keys of all others, as None; templates test for their presence.
-        messages = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in prompt]
-        if self._system_prompt is None:
-            return messages
-        if messages[0]["role"] == "system":
+        if self._system_prompt is not None and prompt[0]["role"] == "system":
             raise ValueError(f"row {index}: the chat has a system message of its own, and system_prompt is set too")
-        return [{"role": "system", "content": self._system_prompt}, *messages]
 
     def _tokenize(self, content: str | list[Message], index: int) -> list[int]:
         if isinstance(content, str) and not self._wrap:

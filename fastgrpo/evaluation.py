@@ -28,7 +28,7 @@ def evaluate(
         stop_token_ids=tuple(config.stop_token_ids),
     )
     rollouts = engine.generate(prompts, config.eval_num_generations, sampling)
-    rewards.score(rollouts, trainer_state=trainer_state)
+    rewards.score(rollouts, trainer_state=trainer_state, all_may_fail=True)
     return eval_metrics(rollouts, config.eval_num_generations, config.eval_pass_threshold), rollouts
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import GRPOConfig
+from fastgrpo.errors import RunError
 
 
 def learning_rate(step: int, total_steps: int, config: GRPOConfig) -> float:
@@ -35,6 +36,7 @@ class Optimizer:
             raise ValueError("nothing to train: no parameter of the model requires a gradient")
         self._max_norm = config.max_grad_norm
         self._pairs: list[tuple[Tensor, Tensor]] = []  # (model's parameter, fp32 master)
+        self._hooks: list[Any] = []
         # Matrices first: weight decay is theirs alone.
         named_parameters = sorted(named_parameters, key=lambda item: item[1].ndim < 2)
         self.names = [name for name, _ in named_parameters]
@@ -62,8 +64,13 @@ class Optimizer:
             master.grad += p.grad
             p.grad = None
 
-        parameter.register_post_accumulate_grad_hook(accumulate)
+        self._hooks.append(parameter.register_post_accumulate_grad_hook(accumulate))
         return master
+
+    def close(self) -> None:
+        """Let go of the model's parameters: another optimizer may train them."""
+        for hook in self._hooks:
+            hook.remove()
 
     def zero_grad(self) -> None:
         """Gradients are zeros, not None: a step whose every sequence was skipped is the step it would have been."""
@@ -97,6 +104,11 @@ class Optimizer:
 
     @torch.no_grad()
     def load_masters(self, tensors: dict[str, Any]) -> None:
-        """Take what `masters` gave. The model's own weights were loaded before."""
+        """Take what `masters` gave; the model's own weights were loaded before. RunError when they are missing."""
+        if missing := sorted(self.masters().keys() - tensors.keys()):
+            raise RunError(
+                f"the checkpoint holds no fp32 weights ({missing[0]}, ...): it is of a run with another dtype or "
+                "master_weights, which cannot be changed when a run goes on"
+            )
         for name, master in self.masters().items():
             master.copy_(tensors[name])

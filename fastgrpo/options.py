@@ -42,7 +42,7 @@ class RunOptions:
         num_train_epochs: Passes over the training prompts, when max_steps is -1.
         seed: Seeds the data order, sampling and factories.
         run_name: Name shown in the report and by trackers. Default: output_dir's last part.
-        report_to: Trackers beside metrics.jsonl: any of tensorboard, wandb.
+        report_to: Trackers beside metrics.jsonl: any of tensorboard, wandb, none.
         log_completions: Write each rollout batch's completions as Parquet.
         disable_progress: Print nothing while training but warnings.
     """
@@ -54,7 +54,7 @@ class RunOptions:
     num_train_epochs: float = 1.0
     seed: int = 42
     run_name: str | None = None
-    report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
+    report_to: list[Literal["tensorboard", "wandb", "none"]] = field(default_factory=lambda: ["tensorboard"])
     log_completions: bool = True
     disable_progress: bool = False
 
@@ -80,7 +80,7 @@ class ModelOptions:
     """
 
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     master_weights: bool = True
     num_threads: int | None = None
     trust_remote_code: bool = False
@@ -107,6 +107,7 @@ class DataOptions:
             "{prompt}\\nThink step by step.".
         system_prompt: System message put before every prompt; makes the prompt a chat.
         chat: Wrap plain-text prompts as a user's chat message. "auto": only when there is a system_prompt.
+        chat_template_kwargs: Passed to the chat template, such as {enable_thinking: false}.
         shuffle_dataset: Draw the training prompts in a random order, another one every epoch.
         max_prompt_length: Longest prompt in tokens. Default: what max_completion_length leaves of the model's context.
         long_prompts: What happens to a longer one: "skip" (and count) or "error".
@@ -119,6 +120,7 @@ class DataOptions:
     prompt_template: str | None = None
     system_prompt: str | None = None
     chat: Literal["auto", "always", "never"] = "auto"
+    chat_template_kwargs: dict[str, Any] | None = None
     shuffle_dataset: bool = True
     max_prompt_length: int | None = None
     long_prompts: Literal["skip", "error"] = "skip"

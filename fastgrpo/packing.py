@@ -78,9 +78,11 @@ def _pack_one(rollouts: list[Rollout], members: list[int]) -> PackedBatch:
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    """[N], or None when any sequence has none."""
+    """[N], or None when no sequence has any. A mixture is a mistake: ValueError."""
     present = [p for p in parts if p is not None]
-    return torch.cat(present) if len(present) == len(parts) else None
+    if present and len(present) != len(parts):
+        raise ValueError(f"{len(present)} of {len(parts)} completions have log-probs: all or none must")
+    return torch.cat(present) if present else None
 
 
 def split_minibatches(rollouts: list[Rollout], count: int) -> list[list[Rollout]]:

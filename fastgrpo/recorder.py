@@ -25,8 +25,15 @@ class Recorder:
     """
 
     def __init__(
-        self, directory: RunDirectory, config: GRPOConfig, options: dict[str, Any], first_step: int, total_steps: int
+        self,
+        directory: RunDirectory,
+        config: GRPOConfig,
+        options: dict[str, Any],
+        device: torch.device,
+        first_step: int,
+        total_steps: int,
     ) -> None:
+        self._device = device
         self._directory = directory
         self._config = config
         name = config.run_name or directory.path.name
@@ -47,7 +54,7 @@ class Recorder:
         speed = {
             "perf/step_time": seconds,
             "perf/tokens_per_second": tokens / seconds,
-            "perf/peak_memory_gb": _peak_memory() / 1e9,
+            "perf/peak_memory_gb": _peak_memory(self._device) / 1e9,
         }
         line = own | metrics | speed
         self.line(step, line)
@@ -98,9 +105,9 @@ def save_failed_step(folder: Path, step: int, rollouts: list[Rollout]) -> Path:
     return write_completions(kept, step, rollouts)
 
 
-def _peak_memory() -> int:
+def _peak_memory(device: torch.device) -> int:
     """Bytes: the device's peak allocation, or the process's peak resident size on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastgrpo.config import ConfigError, decisive_changes
 from fastgrpo.files import atomic_write
 
-# What a run writes; nothing else in the folder is ever touched.
+# What a run writes, in the order it is removed: cut short, a removal must not leave checkpoints without a config.
+# Nothing else in the folder is ever touched.
 _OWN = (
-    *("config.yaml", "metrics.jsonl", "summary.json", "report.html", "wandb_run_id"),
-    *("completions", "checkpoints", "tensorboard", "failed"),
+    *("checkpoints", "metrics.jsonl", "summary.json", "report.html", "completions", "tensorboard", "failed"),
+    *("wandb_run_id", "config.yaml"),
 )
 
 
@@ -25,6 +27,26 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.completions = self.path / "completions"
         self.summary = self.path / "summary.json"
+        self._lock: IO[str] | None = None
+
+    def lock(self) -> None:
+        """Keep other processes out until `release`. Raises ConfigError when one is at work here."""
+        if self._lock is not None:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.close()
+            raise ConfigError(f"output_dir={str(self.path)!r} is in use by another process") from error
+        self._lock = handle
+
+    def release(self) -> None:
+        """Let others in. The system does so too when the process dies."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def check(self, options: dict[str, Any], *, restart: bool, overwrite: bool, allow_change: bool) -> bool:
         """May this run be written here? Changes nothing; returns whether an old run must go first.
@@ -34,8 +56,12 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output_dir={str(self.path)!r} is a file")
-        if not self.config.exists():
+        if not self._begun():
             return False
+        if not self.config.exists():
+            raise ConfigError(
+                f"output_dir={str(self.path)!r} holds a run without its config.yaml: choose another folder"
+            )
         changes = decisive_changes(self._read_config(), options)
         if (restart or changes) and overwrite:
             return True
@@ -56,6 +82,7 @@ class RunDirectory:
         """Make the folder this run's: remove an old run if `afresh`, and write config.yaml."""
         import yaml
 
+        self.lock()
         if afresh:
             self._remove_run()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -69,6 +96,10 @@ class RunDirectory:
         for file in self.completions.glob("step-*.parquet"):
             if int(file.stem.removeprefix("step-")) > step:
                 file.unlink()
+
+    def _begun(self) -> bool:
+        """Has a run got anywhere: checkpoints, or a line of metrics? A config alone is a run that failed to start."""
+        return any(self.path.glob("checkpoints/step-*")) or (self.metrics.exists() and self.metrics.stat().st_size > 0)
 
     def _read_config(self) -> dict[str, Any]:
         import yaml

@@ -42,8 +42,12 @@ def write_snapshot(
     state: TrainState,
     rng: dict[str, Any],
     pending: RolloutBatch | None,
+    cut: tuple[int, int],
 ) -> None:
-    """Write everything that decides the future of a run into `folder`. `reference` only when it moves."""
+    """Write everything that decides the future of a run into `folder`.
+
+    reference: only when it moves. cut: (num_iterations, num_minibatches), how the pending rollouts are being used.
+    """
     policy.save(folder / MODEL_FOLDER)
     tensors, values = pack_optimizer(optimizer.torch_optimizer, optimizer.names)
     save_tensors(folder / "optimizer.safetensors", {**tensors, **optimizer.masters()})
@@ -52,17 +56,24 @@ def write_snapshot(
         save_tensors(folder / "reference.safetensors", reference.weights())
     if pending is not None:
         rollout_tensors, contents["rollouts"] = pack_rollouts(pending.rollouts)
-        contents["batch"] = {"metrics": pending.metrics, "used": pending.used}
+        contents["batch"] = {"metrics": pending.metrics, "used": pending.used, "cut": list(cut)}
         save_tensors(folder / "rollouts.safetensors", rollout_tensors)
     save_json(folder / "state.json", contents)
 
 
 def read_snapshot(
-    folder: Path, *, policy: Policy, optimizer: Optimizer, reference: Reference | None, source: PromptSource
+    folder: Path,
+    *,
+    policy: Policy,
+    optimizer: Optimizer,
+    reference: Reference | None,
+    source: PromptSource,
+    cut: tuple[int, int],
 ) -> tuple[TrainState, RolloutBatch | None]:
     """Put a run back where `write_snapshot` found it, the random generators included.
 
-    Raises CheckpointError or ValueError when the checkpoint is another model's, optimizer's or data set's.
+    Raises CheckpointError or ValueError when the checkpoint is another model's, optimizer's or data set's, or when its
+    pending rollouts were being used in another way.
     """
     contents = load_json(folder / "state.json")
     policy.load(folder / MODEL_FOLDER)
@@ -76,9 +87,14 @@ def read_snapshot(
         reference.load_weights(load_tensors(folder / "reference.safetensors"))
     pending = None
     if "batch" in contents:
-        rollouts = unpack_rollouts(
-            load_tensors(folder / "rollouts.safetensors"), contents["rollouts"], source.__getitem__
-        )
+        was = tuple(contents["batch"].pop("cut"))
+        if was != cut:
+            raise CheckpointError(
+                f"{folder} holds rollouts in use with (num_iterations, num_minibatches) = {was}, now {cut}: change "
+                "these from a checkpoint without pending rollouts"
+            )
+        saved = load_tensors(folder / "rollouts.safetensors")
+        rollouts = unpack_rollouts(saved, contents["rollouts"], source.__getitem__)
         pending = RolloutBatch(rollouts, **contents["batch"])
     set_rng_state(contents["rng"])
     return TrainState(**contents["state"]), pending

@@ -24,13 +24,10 @@ class Task:
 
     def options(self) -> dict[str, Any]:
         """The task as config.yaml shows it: plain values, Python objects by what they are called."""
-        rewards = [
-            {k: _plain(v) for k, v in spec.items()} if isinstance(spec, dict) else _plain(spec)
-            for spec in self.reward_funcs
-        ]
-        names = ("model", "processing_class", "train_dataset", "eval_dataset")
-        shown = {name: _plain(getattr(self, name)) for name in names} | {"reward_funcs": rewards}
-        return shown if self.peft_config is None else shown | {"peft_config": _plain(self.peft_config)}
+        names = ["model", "processing_class", "train_dataset", "eval_dataset"]
+        names += ["peft_config"] * (self.peft_config is not None)
+        shown = {name: _scalar(getattr(self, name)) for name in names}
+        return shown | {"reward_funcs": [_plain(spec) for spec in self.reward_funcs]}
 
     def rewards(self, config: GRPOConfig) -> list[RewardFunction]:
         """The reward functions with their weights and timeouts."""
@@ -72,6 +69,7 @@ def make_prompts(rows: Any, policy: Policy, config: GRPOConfig, completion_lengt
         system_prompt=config.system_prompt,
         prompt_template=config.prompt_template,
         chat=config.chat,
+        chat_template_kwargs=config.chat_template_kwargs,
         long_prompts=config.long_prompts,
         shuffle=config.shuffle_dataset,
         seed=config.seed,
@@ -83,6 +81,12 @@ def _rows(source: Any, split: str, config: GRPOConfig) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else _scalar(value)
+
+
+def _scalar(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     return f"<{getattr(value, '__name__', None) or type(value).__name__}>"

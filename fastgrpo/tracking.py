@@ -137,7 +137,7 @@ class Tracker:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError("report_to='tensorboard' needs tensorboard: pip install tensorboard") from error
-        writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1 if step else 0)
         self._resources.callback(writer.close)
         pretty = json.dumps({"run_name": run_name, **config}, indent=2, default=str)
         writer.add_text("config", "\n".join(f"    {line}" for line in pretty.splitlines()), step)

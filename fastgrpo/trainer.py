@@ -27,7 +27,7 @@ from fastgrpo.errors import RunError
 from fastgrpo.evaluation import evaluate
 from fastgrpo.integrations.callbacks import Callbacks
 from fastgrpo.optim import Optimizer, learning_rate
-from fastgrpo.policy import Policy, Reference, load_policy
+from fastgrpo.policy import Policy, Reference, is_factory, load_policy
 from fastgrpo.recorder import Recorder, save_failed_step
 from fastgrpo.records import Prompt, RolloutBatch, TrainState
 from fastgrpo.rewards import RewardRunner
@@ -35,7 +35,7 @@ from fastgrpo.rollout import Engine, make_engine
 from fastgrpo.run_directory import RunDirectory
 from fastgrpo.signals import StopRequested, StopSignals
 from fastgrpo.snapshot import MODEL_FOLDER, read_snapshot, write_snapshot
-from fastgrpo.state import rng_state
+from fastgrpo.state import load_json, rng_state
 from fastgrpo.task import Task, make_prompts
 from fastgrpo.update import Updater
 
@@ -88,7 +88,7 @@ class GRPOTrainer:
         self.eval_prompts: list[Prompt] = []
         self.policy: Policy
         self.reference: Reference | None = None
-        self._loaded = False
+        self._loaded = self._trained = False
         self.engine: Engine
         self.recorder: Recorder
         self.total_steps = 0
@@ -106,21 +106,18 @@ class GRPOTrainer:
         Raises AllRewardsFailed, NonFiniteGradients, CheckpointError; `StopRequested` after SIGTERM or Ctrl-C, once the
         state is saved.
         """
-        self._open(resume)
         try:
-            with StopSignals() as self.signals:
-                if self.state.step < self.total_steps or not self.directory.summary.exists():
+            if self._open(resume):
+                with StopSignals() as self.signals:
                     self._run()
-                else:
-                    self.recorder.message(f"finished before, at step {self.state.step}: {self.directory.path}")
+            elif not self.config.disable_progress:
+                print(f"finished before, at step {self.state.step}: {self.directory.path}", flush=True)
         except StopRequested as stop:
             self._save()
             self.recorder.message(f"{stop}: saved at step {self.state.step}; the same command goes on from there")
             raise
         finally:
-            self.recorder.close()
-            self.engine.close()
-            self.rewards.close()
+            self._close()
         return self.state
 
     def _run(self) -> None:
@@ -130,6 +127,13 @@ class GRPOTrainer:
             metrics = self._update(batch)  # packing -> hidden states -> loss -> gradients -> new weights
             self._record(metrics, batch)  # metrics, evaluation, checkpoint
         self._end()
+
+    def _close(self) -> None:
+        for name in ("recorder", "engine", "optimizer"):
+            if hasattr(self, name):
+                getattr(self, name).close()
+        self.rewards.close()
+        self.directory.release()
 
     def evaluate(self) -> dict[str, float]:
         """Sample and score the evaluation prompts with the weights as they are; returns the metrics `eval/...`."""
@@ -142,7 +146,8 @@ class GRPOTrainer:
 
     def _begin(self) -> None:
         self.callbacks.fire("on_train_begin")
-        if self.state.step == 0 and self.config.eval_on_start and self.eval_prompts:
+        evaluated = "accuracy_before" in self.state.summary
+        if self.state.step == 0 and self.config.eval_on_start and self.eval_prompts and not evaluated:
             with self.signals.interruptible():
                 metrics = self._evaluate()
             self.state.summary["accuracy_before"] = metrics["eval/accuracy"]
@@ -196,17 +201,20 @@ class GRPOTrainer:
         self.callbacks.fire("on_step_end")
         last = self._done()
         due = bool(self.config.eval_steps) and step % self.config.eval_steps == 0
-        if self.eval_prompts and (due or self.callbacks.take("should_evaluate") or (last and self.config.eval_on_end)):
+        wished = self.callbacks.take("should_evaluate")
+        if self.eval_prompts and (due or wished or (last and self.config.eval_on_end)):
             metrics |= self._evaluate()
             self.callbacks.fire("on_evaluate", metrics=metrics)
             self.state.summary["accuracy_after"] = metrics["eval/accuracy"]
         line = self.recorder.step_line(step, metrics, batch)
         self.callbacks.fire("on_log", logs=line)
         self._mark_boundary()
-        save_due = bool(self.config.save_steps) and step % self.config.save_steps == 0
-        if last or save_due or self.callbacks.take("should_save"):
+        wished = self.callbacks.take("should_save")
+        if last or wished or (self.config.save_steps and step % self.config.save_steps == 0):
             self._save()
             self.callbacks.fire("on_save")
+        if not last:
+            self.signals.check()
 
     def _end(self) -> None:
         self.callbacks.fire("on_train_end")
@@ -250,21 +258,30 @@ class GRPOTrainer:
                 state=self.state,
                 rng=rng,
                 pending=self.pending,
+                cut=(self.config.num_iterations, self.config.num_minibatches),
             ),
         )
         self._last_saved_step = self.state.step
 
-    def _open(self, resume: str) -> None:
-        """Everything between the call of `train` and the first step."""
+    def _open(self, resume: str) -> bool:
+        """Everything between the call of `train` and the first step. Returns whether there is anything left to do."""
         config = self.config
         options = self.task.options() | config.to_dict()
+        if self.directory.path.is_dir():
+            self.directory.lock()
         afresh = self.directory.check(
             options,
             restart=resume == "never",
             overwrite=config.overwrite_output_dir,
             allow_change=config.allow_config_change,
         )
+        if afresh and resume not in ("auto", "never"):
+            raise ConfigError(f"overwrite_output_dir would remove the run that resume={resume!r} is to go on from")
         checkpoint = None if afresh else self._find_checkpoint(resume)
+        if checkpoint is None:
+            self._begin_anew()
+        elif self._finished(checkpoint):
+            return False
         self._load(self._where_to_load(checkpoint), train=True)
         self.directory.claim(options, afresh=afresh)
         self.store = CheckpointStore(self.directory.path, config.save_total_limit)
@@ -272,6 +289,8 @@ class GRPOTrainer:
         if config.beta > 0 and self.reference is None:
             self.reference = Reference(self.policy)
         self._moving_reference = self.reference if config.sync_ref_model else None
+        if config.sync_ref_model and self.policy.is_peft:
+            raise ConfigError("sync_ref_model excludes adapters: there the reference is the model without them")
         self.collector = Collector(self.source, self.engine, self.rewards, config)
         self.updater = Updater(self.policy, self.reference, self.optimizer, config)
         self.callbacks = Callbacks(self._callback_list, config, self.policy, self.optimizer.torch_optimizer)
@@ -285,31 +304,55 @@ class GRPOTrainer:
                 optimizer=self.optimizer,
                 reference=self._moving_reference,
                 source=self.source,
+                cut=(config.num_iterations, config.num_minibatches),
             )
             self.source.too_long = self.state.too_long
             self.engine.sync(self.policy)
         self._last_saved, self._last_saved_step = checkpoint, self.state.step if checkpoint else None
         self._seconds_before = self.state.summary.get("seconds", 0.0)
+        self.store.drop_after(self.state.step if checkpoint else -1)
         self.directory.cut_after(self.state.step if checkpoint else -1)
-        self.recorder = Recorder(self.directory, config, options, self.state.step, self.total_steps)
+        self._trained = True
+        self.recorder = Recorder(self.directory, config, options, self.policy.device, self.state.step, self.total_steps)
         if checkpoint is not None:
             self.recorder.message(f"going on from {checkpoint}")
         self._mark_boundary()
+        return True
+
+    def _finished(self, checkpoint: Path) -> bool:
+        """Is the checkpoint the run's last, and its summary written? Told without loading anything."""
+        state = TrainState(**load_json(checkpoint / "state.json")["state"])
+        if not (0 < self.config.max_steps <= state.step and self.directory.summary.exists()):
+            return False
+        self.state = state
+        return True
+
+    def _begin_anew(self) -> None:
+        """Forget an earlier `train` of this object; its model is loaded again where that is possible."""
+        self.state, self.pending, self.reference = TrainState(), None, None
+        if self._trained and not isinstance(self.task.model, str):
+            raise ConfigError("the model handed over has been trained already: make a new trainer to begin anew")
+        self._loaded = self._loaded and not self._trained
 
     def _find_checkpoint(self, resume: str) -> Path | None:
         if resume == "never":
             return None
         if resume == "auto":
             return CheckpointStore(self.directory.path).latest()
+        if (Path(resume) / "checkpoints").is_dir():
+            raise ConfigError(f"resume={resume!r} is a run directory: name one of its checkpoints, or use auto")
         CheckpointStore.verify(resume)
         return Path(resume)
 
     def _where_to_load(self, checkpoint: Path | None) -> Any:
-        """The checkpoint's own model folder where that is enough; a reference or base model needs the initial one."""
+        """The checkpoint's own model folder where that is enough.
+
+        A reference or base model needs the initial one, and a factory may do more than load weights.
+        """
+        model = self.task.model
         enough = self.config.beta == 0 and not self.config.use_peft and self.task.peft_config is None
-        if checkpoint and enough and isinstance(self.task.model, str):
-            return str(checkpoint / MODEL_FOLDER)
-        return self.task.model
+        plain = isinstance(model, str) and not is_factory(model)
+        return str(checkpoint / MODEL_FOLDER) if checkpoint and enough and plain else model
 
     def _load(self, model: Any, *, train: bool) -> None:
         """Data first, it is the cheapest to find fault with; then the model, once, the prompts and the engine."""
@@ -328,6 +371,8 @@ class GRPOTrainer:
             longest = config.eval_max_completion_length or config.max_completion_length
             held_out = make_prompts(eval_rows, self.policy, config, longest)
             self.eval_prompts = list(held_out.usable(config.eval_max_prompts))
+        if wrong := [t for t in config.stop_token_ids if not 0 <= t < self.policy.vocab_size]:
+            raise ConfigError(f"stop_token_ids={wrong} are outside the vocabulary of {self.policy.vocab_size}")
         self.engine = make_engine(config.rollout_engine, self.policy, batch_size=config.rollout_batch_size)
 
     # ------------------------------------------------------------------------------------------------- small matters

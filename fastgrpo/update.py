@@ -113,15 +113,12 @@ class Updater:
     def _token_metrics(
         self, packed: list[PackedBatch], chosen: list[Rollout], minibatch: list[Rollout], seconds: float
     ) -> dict[str, float]:
-        """What was computed, against what a padded or unshared update would have computed."""
-        wanted = sum(r.num_tokens + len(r.prompt.token_ids) for r in chosen)
+        """What was computed, and how fast."""
+        computed = sum(r.num_tokens + len(r.prompt.token_ids) for r in chosen)
         total = sum(r.num_tokens + len(r.prompt.token_ids) for r in minibatch)
-        computed = sum(len(p.input_ids) for p in packed)
         metrics = {
             "perf/microbatches": float(len(packed)),
-            "perf/skipped_token_fraction": 1 - wanted / total if total else 0.0,
-            "perf/packing_efficiency": sum(sum(p.lengths) for p in packed) / computed if computed else 1.0,
-            "perf/prompt_sharing_ratio": wanted / computed if computed else 1.0,
+            "perf/skipped_token_fraction": 1 - computed / total if total else 0.0,
         }
         if self._peak_flops:
             metrics["perf/mfu"] = 6 * self.policy.num_parameters * computed / seconds / self._peak_flops

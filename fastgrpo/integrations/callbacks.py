@@ -2,6 +2,7 @@
 
 Events: train begin and end, step begin and end, log, evaluate, save. Of `TrainerControl`, `should_training_stop`,
 `should_evaluate` and `should_save` are obeyed. Events of the inside of a step (gradients, substeps) do not exist here.
+`args` is a GRPOConfig: callbacks that need TrainingArguments' own fields, such as EarlyStoppingCallback, do not work.
 """
 
 from __future__ import annotations

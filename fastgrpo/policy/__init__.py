@@ -1,6 +1,6 @@
 """The model side: loading, packed attention, the LM head, the reference model."""
 
-from fastgrpo.policy.loading import load_policy
+from fastgrpo.policy.loading import is_factory, load_policy
 from fastgrpo.policy.policy import Policy, Reference
 
-__all__ = ["Policy", "Reference", "load_policy"]
+__all__ = ["Policy", "Reference", "is_factory", "load_policy"]

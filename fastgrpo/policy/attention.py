@@ -100,9 +100,12 @@ def _causal(
     """[B, Hq, L, d], [B, Hkv, L, d] twice -> [B, Hq, L, d]."""
     length = q.shape[2]
     repeat = q.shape[1] // k.shape[1]
+    banded = window is not None and window < length
+    if not banded and softcap is None and q.is_cuda:  # no copies of K and V; the CPU's fast kernel needs them
+        options: dict[str, Any] = {"is_causal": True, "dropout_p": dropout, "scale": scaling}
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=repeat > 1, **options)
     if repeat > 1:
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    banded = window is not None and window < length
     if not banded and softcap is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
     position = torch.arange(length, device=q.device)

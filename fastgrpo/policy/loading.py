@@ -61,9 +61,13 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda devices are supported")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device={name!r} cannot be used: {_first_line(error)}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -76,13 +80,31 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _resolve_factory(model: Any, seed: int) -> tuple[Any, Any]:
     """What a factory made, as (model or where it is, tokenizer or None)."""
-    if isinstance(model, str) and ":" in model and not Path(model).exists():
-        factory = import_object(model)
-        takes_seed = "seed" in inspect.signature(factory).parameters
-        model = factory(seed=seed) if takes_seed else factory()
+    if isinstance(model, str) and is_factory(model):
+        model = _call_factory(model, seed)
     if isinstance(model, tuple):
+        if len(model) != 2:
+            raise ValueError(
+                f"a model factory returns a model, a folder or (model, tokenizer), not {len(model)} things"
+            )
         return model
     return (str(model) if isinstance(model, Path) else model), None
+
+
+def is_factory(source: str) -> bool:
+    """Is it "module:function", not a hub name or folder?"""
+    return ":" in source and not Path(source).exists()
+
+
+def _call_factory(path: str, seed: int) -> Any:
+    factory = import_object(path)
+    try:
+        signature = inspect.signature(factory)
+        arguments = {"seed": seed} if "seed" in signature.parameters else {}
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{path!r} must be a function without arguments, or with `seed`: {error}") from error
+    return factory(**arguments)
 
 
 def _from_pretrained(source: str, config: GRPOConfig, dtype: torch.dtype) -> Any:
@@ -102,8 +124,8 @@ def _from_pretrained(source: str, config: GRPOConfig, dtype: torch.dtype) -> Any
 
 
 def _load_tokenizer(source: Any, model: Any, config: GRPOConfig) -> Any:
-    if isinstance(source, str) and ":" in source and not Path(source).exists():
-        source = import_object(source)()
+    if isinstance(source, str) and is_factory(source):
+        source = _call_factory(source, config.seed)
     if hasattr(source, "get_decoder"):
         source = model.config.name_or_path
     if not isinstance(source, str):
@@ -111,7 +133,9 @@ def _load_tokenizer(source: Any, model: Any, config: GRPOConfig) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=config.trust_remote_code, revision=config.model_revision or "main"
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"no tokenizer in {source!r} ({_first_line(error)}); give processing_class") from error
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):

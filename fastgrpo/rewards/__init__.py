@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         RewardFunction,
         RewardReport,
         RewardRunner,
+        raise_if_all_failed,
         reward_statistics,
     )
 
@@ -23,6 +24,7 @@ __all__ = [
     "RewardFunction",
     "RewardReport",
     "RewardRunner",
+    "raise_if_all_failed",
     "resolve",
     "resolve_all",
     "reward_statistics",

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from fastgrpo.errors import RunError
+
 LOOP_GRACE = 1.0
 """Seconds beyond its timeout after which an async call whose event loop does not answer is given up."""
 
@@ -91,7 +93,7 @@ class CallExecutor:
         self._abandoned = [(name, thread) for name, thread in self._abandoned if thread.is_alive()]
         if len(self._abandoned) >= self.max_abandoned:
             names = ", ".join(sorted({name for name, _ in self._abandoned}))
-            raise RuntimeError(
+            raise RunError(
                 f"{len(self._abandoned)} reward calls that timed out are still running (reward functions: {names}). "
                 "Give their blocking operations a timeout of their own, or fix the hang."
             )

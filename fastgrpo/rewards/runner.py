@@ -54,9 +54,11 @@ class RewardReport:
 
     metrics: `rewards/{name}/mean` and `/std` (unbiased; over the samples it succeeded on; NaN where undefined),
              `rewards/{name}/failed` (samples), and what the functions gave to `log_metric`, averaged over the calls.
+    failures: what went wrong, a line per function and kind.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
 
 
 class AllRewardsFailed(RunError):
@@ -93,10 +95,13 @@ class RewardRunner:
         self._executor = CallExecutor(max_abandoned)
         self._logged: set[tuple[str, str]] = set()
 
-    def score(self, rollouts: Sequence[Rollout], *, trainer_state: Any = None) -> RewardReport:
+    def score(
+        self, rollouts: Sequence[Rollout], *, trainer_state: Any = None, all_may_fail: bool = False
+    ) -> RewardReport:
         """Fill `rewards` and `reward` of every rollout, in place.
 
-        Raises AllRewardsFailed when every sample failed, and RuntimeError when too many earlier calls still hang.
+        Raises AllRewardsFailed when every sample failed (unless `all_may_fail`: the caller looks at more samples than
+        these), and RunError when too many earlier calls still hang.
         """
         if not rollouts:
             return RewardReport()
@@ -115,13 +120,13 @@ class RewardRunner:
             reasons += [f"{call.name}: {kind}: {detail.splitlines()[0]}" for kind, detail in failures.items()]
             finished += [log] if outcome.error is None else []
         self._assign(rollouts, scores)
-        if all(rollout.failed for rollout in rollouts):
-            raise AllRewardsFailed(f"none of this step's {len(rollouts)} samples has a reward ({'; '.join(reasons)})")
+        if not all_may_fail:
+            raise_if_all_failed(rollouts, reasons)
         metrics = _mean_of_logged(finished) | reward_statistics(rollouts)
         for column, values in [item for log in finished for item in log.extra.items()]:
             for rollout, value in zip(rollouts, values, strict=True):
                 rollout.extra[column] = value
-        return RewardReport(metrics)
+        return RewardReport(metrics, reasons)
 
     def close(self) -> None:
         """End the background event loop, if there is one. The runner can be used again."""
@@ -228,6 +233,12 @@ def _number(value: Any) -> tuple[float, str | None]:
     if math.isfinite(score):
         return score, None
     return math.nan, "NaN" if math.isnan(score) else "infinity"
+
+
+def raise_if_all_failed(rollouts: Sequence[Rollout], failures: Sequence[str]) -> None:
+    """Raises AllRewardsFailed, saying how the functions failed, when no rollout has a reward."""
+    if all(rollout.failed for rollout in rollouts):
+        raise AllRewardsFailed(f"none of this step's {len(rollouts)} samples has a reward ({'; '.join(failures)})")
 
 
 def reward_statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:

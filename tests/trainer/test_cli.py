@@ -121,6 +121,38 @@ def test_data_without_rows_prompts_or_sense(
         assert message in _error(capsys, ["train", config])
 
 
+def test_a_bad_row_is_found_before_anything_starts(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _write(tmp_path, model=str(tiny_model_dir))
+    rows = '{"prompt": "x"}\n' * 30 + '{"prompt": null}\n'
+    (tmp_path / "rows.jsonl").write_text(rows)
+    assert "row 30" in _error(capsys, ["train", config])
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_one_value_where_a_list_is_meant(tiny_model_dir: Path, tmp_path: Path) -> None:
+    config = _write(tmp_path, model=str(tiny_model_dir), reward_funcs="exact_match")
+    assert main(["train", config, "--report_to", "none", "--stop_token_ids", "5"]) == 0
+    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (resolved["report_to"], resolved["reward_funcs"], resolved["stop_token_ids"]) == (
+        ["none"],
+        ["exact_match"],
+        [5],
+    )
+
+
+def test_the_config_comes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "CONFIG.yaml comes first" in _error(capsys, ["train", "--seed", "1", _write(tmp_path)])
+
+
+def test_a_template_that_cannot_be_filled_in(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _write(tmp_path, model=str(tiny_model_dir), prompt_template="{prompt:d}")
+    assert "prompt_template '{prompt:d}' cannot be filled in" in _error(capsys, ["train", config])
+
+
 def test_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text("a: [1\nb: }")

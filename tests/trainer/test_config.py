@@ -35,6 +35,15 @@ from fastgrpo_kernels import LossConfig
         ({"sync_ref_model": True}, "needs a reference model"),
         ({"sync_ref_model": True, "beta": 0.1, "use_peft": True}, "exclude each other"),
         ({"sampling_clip_min": 4.0}, "is above sampling_clip_max"),
+        ({"seed": 2**63}, "less than 2"),
+        ({"output_dir": ""}, "output_dir='' must be a folder's name"),
+        ({"num_train_epochs": float("inf")}, "num_train_epochs=inf must be of type float"),
+        ({"dtype": "float16"}, "dtype='float16' must be of type Literal"),
+        ({"reward_weights": [0.0, 0.0]}, "reward_weights are all 0"),
+        (
+            {"dynamic_sampling": True, "advantage_baseline": "none", "scale_rewards": "none"},
+            "dynamic_sampling needs a baseline",
+        ),
     ],
 )
 def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:

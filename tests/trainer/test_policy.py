@@ -278,6 +278,22 @@ class TestRefusals:
         with pytest.raises(ValueError, match="device='cuda:77' cannot be used"):
             load_policy(str(tiny_model_dir), None, GRPOConfig(device="cuda:77"))
 
+    def test_neither_cpu_nor_gpu(self, tiny_model_dir: Path) -> None:
+        with pytest.raises(ValueError, match="device='meta' cannot be used: only cpu and cuda"):
+            load_policy(str(tiny_model_dir), None, GRPOConfig(device="meta"))
+
+    @pytest.mark.parametrize("factory", ["json:__name__", "json:dumps"])
+    def test_factories_that_cannot_be_called(self, factory: str) -> None:
+        with pytest.raises(ValueError, match="must be a function without arguments"):
+            load_policy(factory, None, GRPOConfig())
+
+    def test_a_factory_that_returns_too_much(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import json
+
+        monkeypatch.setattr(json, "many", lambda: (1, 2, 3), raising=False)
+        with pytest.raises(ValueError, match="not 3 things"):
+            load_policy("json:many", None, GRPOConfig())
+
     def test_no_tokenizer(self, helpers: Any, tmp_path: Path) -> None:
         helpers.make_model().save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="give processing_class"):

@@ -277,6 +277,17 @@ class TestAdvantages:
         assert a.std().item() == pytest.approx(1.0, abs=1e-3)
         assert batch.rollouts[5].advantage == 0.0
 
+    @pytest.mark.parametrize(
+        "options", [{"advantage_whitening": True}, {"multi_objective_aggregation": "normalize_then_sum"}]
+    )
+    def test_dead_groups_stay_exactly_zero(self, options: dict[str, Any]) -> None:
+        batch = _batch()
+        for i, r in enumerate(batch.rollouts[:8]):
+            r.reward = r.rewards["r"] = 0.1 * i**1.5
+        assign_advantages(batch.rollouts, {"r": 1.0}, _config(**options))
+        assert [r.advantage for r in batch.rollouts[8:]] == [0.0] * 4
+        assert all(r.advantage != 0.0 for r in batch.rollouts[:8])
+
     def test_gdpo_normalises_each_reward_first(self) -> None:
         batch = _batch()
         for i, r in enumerate(batch.rollouts):

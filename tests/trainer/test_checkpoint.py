@@ -130,7 +130,7 @@ def test_going_back_drops_the_later_ones(tmp_path: Path, caplog: pytest.LogCaptu
     latest = store.save(2, writer("second life"))
     assert store.latest() == latest
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
-    assert "deleting later checkpoints, of a continuation given up: step-00000003" in caplog.text
+    assert "going on from step 2; deleting later checkpoints: step-00000003" in caplog.text
 
 
 def test_leftovers_go_at_the_start(tmp_path: Path) -> None:

@@ -61,13 +61,19 @@ def test_every_token_once_in_its_place_within_the_budget(lengths: list[tuple[int
 
 
 def test_dtypes_and_missing_logprobs() -> None:
-    rollouts = [_rollout(0, 2, 3), _rollout(1, 1, 2, old_logprob=torch.zeros(2))]
+    rollouts = [_rollout(0, 2, 3), _rollout(1, 1, 2)]
     [batch] = pack(rollouts, max_tokens=50)
     assert batch.input_ids.dtype == batch.target.dtype == batch.predictor_index.dtype == torch.int64
     assert batch.cu_seqlens.dtype == torch.int32
     assert batch.advantage.dtype == torch.float32
     assert batch.old_logprob is None
     assert batch.ref_logprob is None
+
+
+def test_log_probs_of_some_completions_only_are_a_mistake() -> None:
+    rollouts = [_rollout(0, 2, 3), _rollout(1, 1, 2, old_logprob=torch.zeros(2))]
+    with pytest.raises(ValueError, match="1 of 2 completions have log-probs"):
+        pack(rollouts, max_tokens=50)
 
 
 def test_what_counts_and_what_is_computed() -> None:

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench kernels clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -24,6 +24,10 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-only
+
+# Every Triton kernel, compiled for GPUs that need not be here: registers, spills, shared memory, 128-bit accesses.
+kernels: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernel_table $(KERNEL_TABLE_ARGS)
 
 # torch comes first and alone: the constraint pins the version, so nothing later asks for another build.
 $(VENV)/.torch: constraints.txt

@@ -1,10 +1,11 @@
-"""`gae`: checks, then the PyTorch path on every device (it is a handful of elementwise launches)."""
+"""`gae`: checks, then one Triton launch, or the PyTorch path (a handful of elementwise operations)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..backend import use_triton
 from ..checks import check_cu_seqlens, check_number, check_tensor, compute_dtype
 from .reference import gae_reference
 
@@ -28,4 +29,21 @@ def gae(
     check_number("gamma", gamma, 0, 1)
     check_number("lam", lam, 0, 1)
     dtype = compute_dtype(rewards, values)
+    if dtype == torch.float32 and use_triton(rewards):
+        return _gae_on_device(rewards, values, cu_seqlens, gamma, lam)
     return gae_reference(rewards.to(dtype), values.to(dtype), cu_seqlens, gamma, lam)
+
+
+@torch.library.custom_op("fastgrpo::gae", mutates_args=())
+def _gae_on_device(
+    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    from .kernel import gae_triton
+
+    return gae_triton(rewards, values, cu_seqlens, gamma, lam)
+
+
+@_gae_on_device.register_fake
+def _(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    advantages = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
+    return advantages, torch.empty_like(advantages)

@@ -1,4 +1,4 @@
-"""`group_advantages` and `GroupRewards`: checks, then the PyTorch path."""
+"""`group_advantages` and `GroupRewards`: checks, then Triton (one launch, two for `scale="batch"`) or PyTorch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backend import use_triton
 from ..checks import check_choice, check_number, check_tensor, compute_dtype
 from .reference import group_advantages_reference
 
@@ -55,5 +56,19 @@ def group_advantages(
     check_number("eps", eps, 0)
     if baseline == "none" and scale == "group":
         raise ValueError("scale: expected batch or none with baseline='none', got 'group'")
+    if use_triton(rewards):
+        return _group_advantages_on_device(rewards, group_index, baseline, scale, eps)
     advantage = group_advantages_reference(rewards, group_index, baseline, scale, eps)
     return advantage.to(compute_dtype(rewards))
+
+
+@torch.library.custom_op("fastgrpo::group_advantages", mutates_args=())
+def _group_advantages_on_device(rewards: Tensor, group_index: Tensor, baseline: str, scale: str, eps: float) -> Tensor:
+    from .kernel import group_advantages_triton
+
+    return group_advantages_triton(rewards, group_index, baseline, scale, eps)
+
+
+@_group_advantages_on_device.register_fake
+def _(rewards: Tensor, group_index: Tensor, baseline: str, scale: str, eps: float) -> Tensor:
+    return torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)

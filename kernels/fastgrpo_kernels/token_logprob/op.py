@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backend import use_triton
 from ..checks import check_target, check_tensor, compute_dtype
 from ..vocabulary import LogitHead, logit_gradient_, logit_statistics, row_blocks
 
@@ -17,19 +18,47 @@ def token_logprob(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target token, and the entropy of the distribution it comes from.
 
-    logits: [N, V] float. target: [N] int64 in [0, V) (values are checked on the CPU only).
+    logits: [N, V] float. target: [N] int64 in [0, V) (values are checked on the CPU only; on a GPU a wrong one makes
+    its log-prob NaN).
     temperature: > 0, divides the logits after `softcap(x) = softcap * tanh(x / softcap)`.
 
     Returns `logprob` [N] and `entropy` [N] in nats, fp32 (float64 for float64 logits), both differentiable. Logits of
     -inf are allowed where they rule a token out. Beside the gradient of the logits, which has their dtype, a few MiB
-    are used. A row whose upstream gradients are both 0 gets a zero gradient whatever it holds, NaN included.
+    are used (on a GPU 8 bytes a row, and a copy of logits whose columns do not lie side by side). A row whose upstream
+    gradients are both 0 gets a zero gradient whatever it holds, NaN included.
     Errors: TypeError or ValueError naming the argument.
     """
     check_tensor("logits", logits, (None, None), "[N, V]")
     check_target(target, logits.shape[0], logits.shape[1], logits.device)
     head = LogitHead(softcap=softcap, temperature=temperature)
-    logprob, entropy = _TokenLogprob.apply(logits, target, head)
+    function = _TritonTokenLogprob if use_triton(logits) else _TokenLogprob
+    logprob, entropy = function.apply(logits, target, head)
     return logprob, entropy
+
+
+class _TritonTokenLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, head: LogitHead) -> tuple[Tensor, Tensor]:
+        from . import kernel
+
+        logprob, entropy, peak, log_sum = kernel.forward(logits, target, head)
+        ctx.save_for_backward(logits, target, peak, log_sum, entropy)
+        ctx.head = head
+        ctx.set_materialize_grads(False)
+        return logprob, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, None, None]:
+        from . import kernel
+
+        logits, target, peak, log_sum, entropy = ctx.saved_tensors
+        if grad_logprob is None:
+            grad_logprob = torch.zeros_like(entropy)
+        grad = kernel.backward(logits, target, peak, log_sum, entropy, grad_logprob, grad_entropy, ctx.head)
+        return grad, None, None
 
 
 class _TokenLogprob(torch.autograd.Function):

@@ -106,6 +106,8 @@ class GRPOTrainer:
         Raises AllRewardsFailed, NonFiniteGradients, CheckpointError; `StopRequested` after SIGTERM or Ctrl-C, once the
         state is saved.
         """
+        if self._trained:
+            self.started = time.perf_counter()  # the time between two calls is not the run's
         try:
             if self._open(resume):
                 with StopSignals() as self.signals:

@@ -8,6 +8,8 @@ from .group_advantages.op import GroupRewards, group_advantages
 from .grpo_loss.config import LossConfig
 from .grpo_loss.op import grpo_loss
 from .grpo_loss.output import LossOutput
+from .head.operands import LoRADelta
+from .head.plan import HeadPlan, watch_plans
 from .layout import PackedLayout
 from .linear_grpo_loss.op import linear_grpo_loss
 from .linear_logprob.op import linear_logprob
@@ -15,6 +17,8 @@ from .token_logprob.op import token_logprob
 
 __all__ = [
     "GroupRewards",
+    "HeadPlan",
+    "LoRADelta",
     "LossConfig",
     "LossOutput",
     "PackedLayout",
@@ -24,4 +28,5 @@ __all__ = [
     "linear_grpo_loss",
     "linear_logprob",
     "token_logprob",
+    "watch_plans",
 ]

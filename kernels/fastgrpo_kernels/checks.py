@@ -1,6 +1,6 @@
 """Argument checks shared by the public ops, run before any work; they name the argument, what it is, what was expected.
 
-Only what the host knows is looked at, except where a function says that it reads the values of CPU tensors.
+Public functions look at what the host knows, which torch.compile can trace; values are looked at within the ops.
 """
 
 from __future__ import annotations
@@ -57,29 +57,38 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
-def check_cu_seqlens(cu_seqlens: Any, num_rows: int, device: torch.device) -> None:
-    """Raise unless `cu_seqlens` is [S+1] int32 on `device`; on the CPU also unless it rises from 0 to `num_rows`.
-
-    On other devices reading the values would stall the queue, so a wrong content is the caller's to avoid there.
-    """
+def check_cu_seqlens(cu_seqlens: Any, device: torch.device) -> None:
+    """Raise unless `cu_seqlens` is [S+1] int32 on `device`."""
     check_tensor("cu_seqlens", cu_seqlens, (None,), "[S+1]", torch.int32, device)
     if cu_seqlens.numel() == 0:
         raise ValueError("cu_seqlens: expected shape [S+1] with S >= 0, got [0]")
-    if device.type == "cpu":
+
+
+def check_cu_seqlens_values(cu_seqlens: Tensor, num_rows: int) -> None:
+    """Raise unless the values rise from 0 to `num_rows`; on the CPU only.
+
+    On other devices reading the values would stall the queue, so a wrong content is the caller's to avoid there.
+    """
+    if cu_seqlens.device.type == "cpu":
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != num_rows or any(a > b for a, b in pairwise(bounds)):
             shown = bounds if len(bounds) <= 12 else f"{bounds[:6]} ... {bounds[-3:]}"
             raise ValueError(f"cu_seqlens: expected values rising from 0 to N = {num_rows}, got {shown}")
 
 
-def check_target(target: Any, num_rows: int, vocab_size: int, device: torch.device, mask: Tensor | None = None) -> None:
-    """Raise unless `target` is [N] int64 on `device`; on the CPU also unless its unmasked values are in [0, V)."""
+def check_target(target: Any, num_rows: int, device: torch.device) -> None:
+    """Raise unless `target` is [N] int64 on `device`."""
     check_tensor("target", target, (num_rows,), "[N]", torch.int64, device)
-    if device.type == "cpu":
-        used = target if mask is None else target[mask]
-        if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < vocab_size:
-            found = f"[{int(used.min())}, {int(used.max())}]"
-            raise ValueError(f"target: expected token ids in [0, V) with V = {vocab_size}, got values in {found}")
+
+
+def check_target_values(target: Tensor, vocab_size: int) -> None:
+    """Raise unless the targets are in [0, V); on the CPU only, for the reason above."""
+    if target.device.type == "cpu" and target.numel():
+        low, high = int(target.min()), int(target.max())
+        if not 0 <= low <= high < vocab_size:
+            raise ValueError(
+                f"target: expected token ids in [0, V) with V = {vocab_size}, got values in [{low}, {high}]"
+            )
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastgrpo_kernels import GroupRewards, LossConfig, LossOutput, grpo_loss, linear_grpo_loss, linear_logprob
 from fastgrpo_kernels.grpo_loss.reference import grpo_loss_reference
+from fastgrpo_kernels.head.host import TorchHead
 from fastgrpo_kernels.linear_grpo_loss.reference import linear_grpo_loss_reference
-from fastgrpo_kernels.projection import ChunkedHead
 
 from .cases import LOSS_TYPES, configs, make_case, make_config, relative_error
 from .oracle import Case
@@ -123,20 +123,20 @@ class Gemms:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.forward = self.backward = self.largest = 0
-        logits, accumulate = ChunkedHead.logits, ChunkedHead.accumulate
+        logits, accumulate = TorchHead._logits, TorchHead._accumulate
 
-        def count_logits(head: ChunkedHead, rows: slice | Tensor) -> Tensor:
+        def count_logits(head: TorchHead, rows: slice | Tensor) -> Tensor:
             out = logits(head, rows)
             self.forward += out.shape[0]
             self.largest = max(self.largest, out.shape[0])
             return out
 
-        def count_accumulate(head: ChunkedHead, rows: slice | Tensor, grad: Tensor) -> None:
+        def count_accumulate(head: TorchHead, rows: slice | Tensor, grad: Tensor) -> None:
             self.backward += grad.shape[0]
             accumulate(head, rows, grad)
 
-        monkeypatch.setattr(ChunkedHead, "logits", count_logits)
-        monkeypatch.setattr(ChunkedHead, "accumulate", count_accumulate)
+        monkeypatch.setattr(TorchHead, "_logits", count_logits)
+        monkeypatch.setattr(TorchHead, "_accumulate", count_accumulate)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels import linear_logprob, projection
+from fastgrpo_kernels import linear_logprob
+from fastgrpo_kernels.head import host, plan
 from fastgrpo_kernels.linear_logprob.reference import linear_logprob_reference
 
 from .cases import relative_error
@@ -37,7 +38,7 @@ def gradients(logprob: Tensor, entropy: Tensor, inputs: tuple[Tensor, ...]) -> t
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("chunk_size", [None, 1, 4, 13, 1000])
 def test_matches_plain_pytorch(head: dict[str, Any], chunk_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection, "VOCAB_TILE", 6)  # several tiles, the last one short
+    monkeypatch.setattr(host, "VOCAB_TILE", 6)  # several tiles, the last one short
     hidden, weight, bias, target = make()
     inputs = tuple(x.requires_grad_() for x in (hidden, weight, bias))
     want = linear_logprob_reference(hidden, weight, target, bias, **head)
@@ -57,17 +58,17 @@ def test_gradcheck(head: dict[str, Any]) -> None:
 
 
 def test_default_chunk_keeps_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection, "LOGIT_BUDGET", 17 * 8 * 3)
+    monkeypatch.setattr(plan, "HOST_LOGITS", 17 * 8 * 3)
     hidden, weight, _, target = make()
     rows = []
-    original = projection.ChunkedHead.logits
+    original = host.TorchHead._logits
 
-    def spy(self: projection.ChunkedHead, selected: slice | Tensor) -> Tensor:
+    def spy(self: host.TorchHead, selected: slice | Tensor) -> Tensor:
         out = original(self, selected)
         rows.append(out.shape[0])
         return out
 
-    monkeypatch.setattr(projection.ChunkedHead, "logits", spy)
+    monkeypatch.setattr(host.TorchHead, "_logits", spy)
     logprob, _ = linear_logprob(hidden, weight.requires_grad_(), target)
     logprob.sum().backward()
     assert max(rows) == 3
@@ -133,13 +134,16 @@ def test_error_is_at_most_plain_pytorchs(dtype: torch.dtype) -> None:
         assert relative_error(got, want) <= 1.5 * relative_error(other, want) + 1e-6
 
 
-def test_autocast_does_not_round_the_logits() -> None:
-    hidden, weight, _, target = (x.float() if x.is_floating_point() else x for x in make(64, 32, 50))
-    want = linear_logprob(hidden, weight, target)
+def test_autocast_rounds_the_operands_and_not_the_logits() -> None:
+    hidden, weight, bias, target = (x.float() if x.is_floating_point() else x for x in make(64, 32, 50))
+    inputs = tuple(x.requires_grad_() for x in (hidden, weight, bias))
+    rounded = tuple(x.detach().bfloat16().float().requires_grad_() for x in inputs)
+    want = linear_logprob(*rounded[:2], target, bias=rounded[2])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = linear_logprob(hidden, weight, target)
-    assert torch.equal(got[0], want[0])
-    assert torch.equal(got[1], want[1])
+        got = linear_logprob(*inputs[:2], target, bias=inputs[2])
+    for a, b in zip((*got, *gradients(*got, inputs)), (*want, *gradients(*want, rounded)), strict=True):
+        assert a.dtype == torch.float32  # the gradients of fp32 parameters are not rounded either
+        assert torch.equal(a, b)
 
 
 def test_bad_inputs() -> None:

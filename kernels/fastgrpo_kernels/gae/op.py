@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend import use_triton
-from ..checks import check_cu_seqlens, check_number, check_tensor, compute_dtype
+from ..checks import check_cu_seqlens, check_cu_seqlens_values, check_number, check_tensor, compute_dtype
 from .reference import gae_reference
 
 
@@ -25,25 +25,24 @@ def gae(
     """
     check_tensor("rewards", rewards, (None,), "[N]")
     check_tensor("values", values, (rewards.numel(),), "[N]", device=rewards.device)
-    check_cu_seqlens(cu_seqlens, rewards.numel(), rewards.device)
+    check_cu_seqlens(cu_seqlens, rewards.device)
     check_number("gamma", gamma, 0, 1)
     check_number("lam", lam, 0, 1)
-    dtype = compute_dtype(rewards, values)
-    if dtype == torch.float32 and use_triton(rewards):
-        return _gae_on_device(rewards, values, cu_seqlens, gamma, lam)
-    return gae_reference(rewards.to(dtype), values.to(dtype), cu_seqlens, gamma, lam)
+    return _gae(rewards, values, cu_seqlens, gamma, lam)
 
 
 @torch.library.custom_op("fastgrpo::gae", mutates_args=())
-def _gae_on_device(
-    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
+def _gae(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    check_cu_seqlens_values(cu_seqlens, rewards.numel())
+    dtype = compute_dtype(rewards, values)
+    if dtype == torch.float64 or not use_triton(rewards):
+        return gae_reference(rewards.to(dtype), values.to(dtype), cu_seqlens, gamma, lam)
     from .kernel import gae_triton
 
     return gae_triton(rewards, values, cu_seqlens, gamma, lam)
 
 
-@_gae_on_device.register_fake
+@_gae.register_fake
 def _(rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    advantages = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
+    advantages = torch.empty(rewards.shape, dtype=compute_dtype(rewards, values), device=rewards.device)
     return advantages, torch.empty_like(advantages)

@@ -50,25 +50,30 @@ def group_advantages(
     Errors: TypeError or ValueError naming the argument; ValueError for `baseline="none"` with `scale="group"`.
     """
     check_tensor("rewards", rewards, (None,), "[S]")
+    check_group_rewards(rewards, group_index, baseline, scale)
+    check_number("eps", eps, 0)
+    return _group_advantages(rewards, group_index, baseline, scale, eps)
+
+
+def check_group_rewards(rewards: Tensor, group_index: Tensor, baseline: str, scale: str) -> None:
+    """The checks that belong to any use of rewards in groups; errors as in checks.py."""
     check_tensor("group_index", group_index, (rewards.numel(),), "[S]", torch.int64, rewards.device)
     check_choice("baseline", baseline, BASELINES)
     check_choice("scale", scale, SCALES)
-    check_number("eps", eps, 0)
     if baseline == "none" and scale == "group":
         raise ValueError("scale: expected batch or none with baseline='none', got 'group'")
-    if use_triton(rewards):
-        return _group_advantages_on_device(rewards, group_index, baseline, scale, eps)
-    advantage = group_advantages_reference(rewards, group_index, baseline, scale, eps)
-    return advantage.to(compute_dtype(rewards))
 
 
 @torch.library.custom_op("fastgrpo::group_advantages", mutates_args=())
-def _group_advantages_on_device(rewards: Tensor, group_index: Tensor, baseline: str, scale: str, eps: float) -> Tensor:
+def _group_advantages(rewards: Tensor, group_index: Tensor, baseline: str, scale: str, eps: float) -> Tensor:
+    if not use_triton(rewards):
+        advantage = group_advantages_reference(rewards, group_index, baseline, scale, eps)
+        return advantage.to(compute_dtype(rewards))
     from .kernel import group_advantages_triton
 
     return group_advantages_triton(rewards, group_index, baseline, scale, eps)
 
 
-@_group_advantages_on_device.register_fake
+@_group_advantages.register_fake
 def _(rewards: Tensor, group_index: Tensor, baseline: str, scale: str, eps: float) -> Tensor:
-    return torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
+    return torch.empty(rewards.shape, dtype=compute_dtype(rewards), device=rewards.device)

@@ -1,7 +1,8 @@
-"""The one place where a loss becomes numbers: value, gradient with respect to log-prob and entropy, metrics.
+"""Where a loss becomes numbers: value, gradient with respect to log-prob and entropy, metrics. PyTorch's path.
 
-`grpo_loss` and every schedule of `linear_grpo_loss` call `evaluate`; the gradients are written out, not taken by
-autograd, so that they are known in the forward pass. `reference.py` is the differentiable form they are tested against.
+`grpo_loss` and every schedule of `linear_grpo_loss` come here, or to the same maths in `kernel.py`; the gradients are
+written out, not taken by autograd, so that they are known in the forward pass. `reference.py` is the differentiable
+form they are tested against.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..segments import segment_ids, segment_sum
 from .config import CLIPPED, LossConfig
 from .inputs import LossInputs
 from .output import Metrics
-from .reference import LOG_RATIO_CLAMP, LOG_WEIGHT_MIN, by_sign, entropy_quantile
+from .reference import LOG_RATIO_CLAMP, LOG_WEIGHT_MIN, by_sign
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, inputs: LossInputs, config
     """The loss of these tokens, its gradients, and its metrics.
 
     logprob, entropy: [N] in the inputs' dtype; whatever rows that do not train hold has no effect, and their gradient
-    is exactly 0. A sum over sequences: calls on different sequences (tokens, unless `config.needs_sequences` or the
-    threshold is the call's own) add up to the call on all of them.
+    is exactly 0. A sum over sequences: calls on different sequences (tokens, unless `config.needs_sequences`) add up to
+    the call on all of them.
     """
     sequences = Sequences(inputs)
     logp = torch.where(inputs.trained, logprob, 0)
@@ -210,13 +211,9 @@ def _kept(logp: Tensor, entropy: Tensor | None, inputs: LossInputs, sequences: S
         drift = torch.where(keep & ~drift.isnan(), drift, 0)
         stale = sequences.mean(drift) > config.off_policy_mask_threshold
         keep = keep & ~(stale & (sequences.mean(inputs.advantage) < 0))[sequences.ids]
-    threshold = inputs.entropy_threshold
-    if threshold is None and config.top_entropy_quantile < 1:
+    if inputs.entropy_threshold is not None:
         assert entropy is not None
-        threshold = entropy_quantile(entropy, inputs.trained, 1 - config.top_entropy_quantile)
-    if threshold is not None:
-        assert entropy is not None
-        keep = keep & (entropy >= threshold)
+        keep = keep & (entropy >= inputs.entropy_threshold)
     return keep
 
 

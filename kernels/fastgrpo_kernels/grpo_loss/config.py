@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import functools
+import json
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal
 
 from ..checks import check_choice, check_number
 
@@ -61,6 +63,7 @@ class LossConfig:
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
     max_completion_length: int | None = None
+    encoded: ClassVar[str]  # an attribute of each instance; as a ClassVar it is no field
 
     def __post_init__(self) -> None:
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
@@ -87,6 +90,14 @@ class LossConfig:
         if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
             raise ValueError(f"max_completion_length: expected an int >= 1 or None, got {length!r}")
         self._check_combinations()
+        # Made here and not when asked for, because torch.compile reads an attribute but does not trace json.
+        object.__setattr__(self, "encoded", json.dumps(asdict(self)))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=64)
+    def decode(encoded: str) -> LossConfig:
+        """The config whose `encoded` this is: how it passes through a custom op, which takes no objects."""
+        return LossConfig(**json.loads(encoded))
 
     def _check_combinations(self) -> None:
         if self.loss_type == "cispo" and self.epsilon_high is None:

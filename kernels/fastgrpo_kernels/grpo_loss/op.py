@@ -1,4 +1,4 @@
-"""`grpo_loss`: checks, evaluation, the autograd.Function that hands out gradients known in the forward."""
+"""`grpo_loss`: the public function, and its op, which finds loss and gradients in the forward."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..checks import check_tensor, compute_dtype
+from ..gradients import scale_gradient
 from ..group_advantages.op import GroupRewards
-from .coefficients import Evaluation, evaluate
+from .arguments import LossArguments, LossOperands
 from .config import LossConfig
-from .inputs import LossArguments, LossInputs
-from .output import LossOutput
+from .output import METRICS, LossOutput, as_metrics
+from .windows import coefficients
 
 DEFAULT_CONFIG = LossConfig()
 
@@ -71,46 +71,83 @@ def grpo_loss(
     arguments.check(num_rows, device)
     if entropy is None and arguments.needs_entropy():
         raise ValueError("entropy: expected a tensor with an entropy bonus or a top-entropy mask, got None")
-    inputs = arguments.prepare(num_rows, compute_dtype(logprob))
-    loss, result = differentiable_loss(logprob, entropy, inputs, config)
-    return LossOutput(loss, logprob.detach(), None if entropy is None else entropy.detach(), result.metrics)
-
-
-def differentiable_loss(
-    logprob: Tensor, entropy: Tensor | None, inputs: LossInputs, config: LossConfig
-) -> tuple[Tensor, Evaluation]:
-    """The evaluated loss, attached to autograd through log-prob and entropy."""
-    dtype = inputs.advantage.dtype
-    result = evaluate(
-        logprob.detach().to(dtype), None if entropy is None else entropy.detach().to(dtype), inputs, config
+    loss, metrics, _, _ = _grpo_loss(logprob, entropy, *arguments.operands())
+    return LossOutput(
+        loss,
+        logprob.detach(),
+        None if entropy is None else entropy.detach(),
+        as_metrics(
+            metrics, entropy=entropy is not None, ref=ref_logprob is not None, sampling=sampling_logprob is not None
+        ),
     )
-    grad_entropy = None
-    if result.grad_entropy is not None:
-        grad_entropy = torch.where(inputs.trained, result.grad_entropy, 0)
-    return with_gradients(result.loss.to(dtype), (logprob, entropy), (result.grad_logprob, grad_entropy)), result
 
 
-def with_gradients(loss: Tensor, inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]) -> Tensor:
-    """`loss` [] as a differentiable function of `inputs` whose gradients, None for none, are known already."""
-    return _KnownGradients.apply(loss, *inputs, *gradients)
+@torch.library.custom_op("fastgrpo::grpo_loss", mutates_args=())
+def _grpo_loss(
+    logprob: Tensor,
+    entropy: Tensor | None,
+    advantage: Tensor,
+    group_index: Tensor | None,
+    cu_seqlens: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    sampling: Tensor | None,
+    mask: Tensor | None,
+    entropy_threshold: Tensor | None,
+    num_sequences: Tensor | None,
+    num_tokens: Tensor | None,
+    config: str,
+    baseline: str,
+    scale: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss 0-d, `METRICS`, dL/dlogp [N], dL/dH [N] (empty without an entropy bonus)."""
+    operands = LossOperands(
+        advantage, group_index, cu_seqlens, old, ref, sampling, mask,
+        entropy_threshold, num_sequences, num_tokens, config, baseline, scale,
+    )  # fmt: skip
+    num_rows, dtype = logprob.numel(), compute_dtype(logprob)
+    operands.check_values(num_rows)
+    operands = operands.with_denominators(num_rows)
+    logprob = logprob.to(dtype)
+    entropy = None if entropy is None else entropy.to(dtype)
+    operands = operands.with_threshold(entropy)
+    grad_logprob = torch.empty_like(logprob, memory_format=torch.contiguous_format)
+    grad_entropy = torch.empty_like(grad_logprob) if operands.config.entropy_coef != 0 else grad_logprob.new_empty(0)
+    part = coefficients(operands, num_rows, logprob)
+    part.rows(0, num_rows, logprob, entropy, grad_logprob, grad_entropy if grad_entropy.numel() == num_rows else None)
+    loss, metrics = part.finish()
+    return loss.to(dtype), metrics, grad_logprob, grad_entropy
 
 
-class _KnownGradients(torch.autograd.Function):
-    """The backward scales by the upstream gradient into new tensors: what is saved serves any number of backwards."""
+@_grpo_loss.register_fake
+def _(logprob: Tensor, entropy: Tensor | None, *operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, bonus = compute_dtype(logprob), LossOperands(*operands).config.entropy_coef != 0
+    return (
+        logprob.new_empty((), dtype=dtype),
+        logprob.new_empty(len(METRICS), dtype=torch.float64),
+        logprob.new_empty(logprob.numel(), dtype=dtype),
+        logprob.new_empty(logprob.numel() if bonus else 0, dtype=dtype),
+    )
 
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, *inputs_and_gradients: Tensor | None) -> Tensor:
-        count = len(inputs_and_gradients) // 2
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs_and_gradients[:count]]
-        ctx.save_for_backward(*inputs_and_gradients[count:])
-        return loss.clone()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.saved_tensors
-        scaled = [
-            (gradient * upstream).to(dtype) if gradient is not None and needed else None
-            for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad[1:], strict=False)
-        ]
-        return None, *scaled, *(None for _ in gradients)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logprob, entropy = inputs[:2]
+    _, metrics, grad_logprob, grad_entropy = output
+    ctx.mark_non_differentiable(metrics, grad_logprob, grad_entropy)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad_logprob, grad_entropy)
+    ctx.dtypes = (logprob.dtype, None if entropy is None else entropy.dtype)
+    ctx.bonus = LossOperands(*inputs[2:]).config.entropy_coef != 0
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    grad_logprob, grad_entropy = ctx.saved_tensors
+    for_logprob = for_entropy = None
+    if upstream is not None and ctx.needs_input_grad[0]:
+        for_logprob = scale_gradient(grad_logprob, upstream, ctx.dtypes[0])
+    if upstream is not None and ctx.bonus and ctx.needs_input_grad[1]:
+        for_entropy = scale_gradient(grad_entropy, upstream, ctx.dtypes[1])
+    return for_logprob, for_entropy, *[None] * 13
+
+
+_grpo_loss.register_autograd(_backward, setup_context=_save)

@@ -10,6 +10,35 @@ from torch import Tensor
 
 Metrics = dict[str, Tensor]
 
+_CLIP = tuple(f"clip_ratio/{name}_mean/{part}" for name in ("low", "high", "region") for part in ("sum", "count"))
+_GAP, _RATIO = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
+METRICS = (
+    "policy_loss",
+    *("kl/sum", "kl/count", "entropy/sum", "entropy/count"),
+    *_CLIP,
+    *(f"{_GAP}/mean/sum", f"{_GAP}/mean/count", f"{_GAP}/max"),
+    *(f"{_RATIO}/mean/sum", f"{_RATIO}/mean/count", f"{_RATIO}/min", f"{_RATIO}/max"),
+)
+"""What a loss measures, in the order in which an op returns it as one vector."""
+
+
+def empty_metric(name: str) -> float:
+    """The value of a metric over nothing."""
+    return {"min": float("inf"), "max": float("-inf")}.get(name.rpartition("/")[2], 0.0)
+
+
+def as_vector(metrics: Metrics, device: torch.device) -> Tensor:
+    """[len(METRICS)] float64, empty where there is no metric of that name."""
+    absent = {name: torch.full((), empty_metric(name), dtype=torch.float64, device=device) for name in METRICS}
+    return torch.stack([(absent | metrics)[name] for name in METRICS])
+
+
+def as_metrics(vector: Tensor, *, entropy: bool, ref: bool, sampling: bool) -> Metrics:
+    """The metrics that make sense for a call with or without these tensors, as views of the vector."""
+    absent = [name for name, given in (("entropy/", entropy), ("kl/", ref), ("sampling/", sampling)) if not given]
+    values = zip(METRICS, vector.unbind(0), strict=True)
+    return {name: value for name, value in values if not name.startswith(tuple(absent))}
+
 
 @dataclass
 class LossOutput:

@@ -1,27 +1,26 @@
-"""`linear_grpo_loss`: checks, the choice of a schedule, the schedules, the public function.
+"""`linear_grpo_loss`: the public function, and its op, which runs the plan of head/plan.py.
 
-Two schedules, one maths (grpo_loss/coefficients.py). *Fused*: chunk by chunk, logits -> statistics -> loss coefficients
--> gradient in the logits' own buffer -> dH, dW; 3 GEMMs, the backward only scales. Every chunk must hold all that its
-tokens' coefficients depend on. *Recomputed*: log-probs of everything first, logits again in the backward; 4 GEMMs.
+One maths (grpo_loss/windows.py), several schedules; whichever it is, loss and gradients are known when the forward
+ends, and the backward only scales.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import check_target, compute_dtype
+from ..checks import check_target_values
+from ..gradients import into_main_grad as add_to_main_grad
+from ..gradients import scale_gradient
 from ..group_advantages.op import GroupRewards
-from ..grpo_loss.coefficients import evaluate
+from ..grpo_loss.arguments import LossArguments, LossOperands
 from ..grpo_loss.config import LossConfig
-from ..grpo_loss.inputs import LossArguments, LossInputs
-from ..grpo_loss.op import DEFAULT_CONFIG, differentiable_loss, with_gradients
-from ..grpo_loss.output import LossOutput
-from ..linear_logprob.op import check_linear, recomputed_logprob
-from ..projection import ChunkedHead, chunk_rows, even_chunks
-from ..vocabulary import LogitHead, logit_gradient_, logit_statistics
+from ..grpo_loss.op import DEFAULT_CONFIG
+from ..grpo_loss.output import METRICS, LossOutput, as_metrics
+from ..head.operands import HeadArguments, HeadOperands, LoRADelta, Schedule, needs_gradient
+from .schedules import loss_and_gradients
 
 
 def linear_grpo_loss(
@@ -43,25 +42,34 @@ def linear_grpo_loss(
     config: LossConfig = DEFAULT_CONFIG,
     num_sequences: int | Tensor | None = None,
     num_tokens: int | Tensor | None = None,
+    lora: LoRADelta | None = None,
     chunk_size: int | None = None,
+    schedule: Schedule | None = None,
+    into_main_grad: bool = False,
 ) -> LossOutput:
-    """`grpo_loss` of `linear_logprob`, with gradients for hidden, weight and bias, never holding the [N, V] logits.
+    """`grpo_loss` of `linear_logprob`, with gradients for hidden, weight, bias and lora, never holding [N, V] logits.
 
     hidden: [N, D] float, the hidden states that predict the N completion tokens. weight: [V, D]. bias: [V] or None.
-    target: [N] int64 in [0, V) where the mask is True (values are checked on the CPU only). The logits are
-    `softcap(logit_scale * (hidden @ weight.T + bias)) / temperature`.
-    chunk_size: rows whose logits exist at a time; by default what fits 64 MiB, up to 256 MiB to hold a whole sequence
-        when the loss needs that.
+    target: [N] int64 in [0, V) where the mask is True (values are checked on the CPU only; on a GPU a wrong one makes
+        the loss NaN). The logits are `softcap(logit_scale * (hidden @ weight.T + bias)) / temperature`.
+    lora: a low-rank change of the weight, added to `hidden @ weight.T`.
+    chunk_size: rows whose logits, or their gradients, exist at a time; by default what a budget allows: 64 MiB on the
+        CPU, up to 256 MiB to hold a whole sequence; on a GPU 4 GiB of gradient rows, 1 GiB with a frozen weight.
+    schedule: how logits become gradients (head/plan.py), None = chosen; `watch_plans` shows what was.
+    into_main_grad: the weight's gradient is added to `weight.main_grad` (fp32) in the backward; `weight.grad` stays.
     The other arguments are `grpo_loss`'s. Only rows that train meet the LM head; logprob and entropy are 0 elsewhere.
 
-    Cost with gradients: 3 GEMMs, 2 with a frozen weight (or 1 without any gradient), when the loss is token-level or
-    every sequence fits a chunk (when all rows fit one, if the entropy threshold is this call's own quantile); one more
-    otherwise. The result is the same to rounding. Half inputs: GEMMs and sums in fp32. Rows that train are found on the
-    host: one sync outside the CPU when there is a mask or a failed sample.
+    Cost with gradients: 3 GEMMs when the loss is token-level or every sequence fits a chunk (when all rows fit one, if
+    the entropy threshold is this call's own quantile); one more otherwise. 2 with a frozen weight whatever the loss, 3
+    if that loss has an entropy bonus and does not fit; 1 without any gradient. The result is the same to rounding.
+    On a GPU nothing waits for the device, with two exceptions, neither while a CUDA graph is captured: a mask, whose
+    rows that train are counted, and a loss on whole sequences that takes several chunks, whose boundaries are read.
     Errors: TypeError or ValueError naming the argument, before any work.
     """
-    check_linear(hidden, weight, bias, chunk_size)
-    num_rows, device = hidden.shape[0], hidden.device
+    head = HeadArguments(
+        hidden, weight, target, bias, logit_scale, softcap, temperature, lora, chunk_size, schedule, into_main_grad
+    )
+    head.check()
     arguments = LossArguments(
         advantage,
         cu_seqlens,
@@ -74,101 +82,107 @@ def linear_grpo_loss(
         num_sequences,
         num_tokens,
     )
-    arguments.check(num_rows, device)
-    check_target(target, num_rows, weight.shape[0], device, mask)
-    head = LogitHead(logit_scale, softcap, temperature)
-    inputs = arguments.prepare(num_rows, compute_dtype(hidden, weight, bias))
-    if mask is None and not isinstance(advantage, GroupRewards):
-        return _loss_of_rows(hidden, weight, bias, target, None, inputs, head, config, chunk_size)
-    rows = inputs.trained.nonzero()[:, 0]
-    trained_before = torch.cat([inputs.trained.new_zeros(1, dtype=torch.int64), inputs.trained.cumsum(0)])
-    inputs = inputs.rows(rows, trained_before[cu_seqlens.long()])
-    return _loss_of_rows(hidden, weight, bias, target, rows, inputs, head, config, chunk_size)
+    arguments.check(hidden.shape[0], hidden.device)
+    operands = head.operands()
+    loss, logprob, entropy, metrics, *_ = _linear_grpo_loss(
+        *operands, *arguments.operands(), needs_gradient(operands), head.main_grad()
+    )
+    named = as_metrics(metrics, entropy=True, ref=ref_logprob is not None, sampling=sampling_logprob is not None)
+    return LossOutput(loss, logprob, entropy, named)
 
 
-def _loss_of_rows(
+@torch.library.custom_op("fastgrpo::linear_grpo_loss", mutates_args=())
+def _linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
     target: Tensor,
-    rows: Tensor | None,
-    inputs: LossInputs,
-    head: LogitHead,
-    config: LossConfig,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    autocast: torch.dtype | None,
     chunk_size: int | None,
-) -> LossOutput:
-    """The loss of the trained rows (None = all), `inputs` being theirs; logprob and entropy as long as hidden."""
-    dtype = inputs.advantage.dtype
-    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias))
-    chunks = _fused_chunks(inputs, config, weight, chunk_size)
-    if rows is not None:
-        target = target[rows]
-    if chunks is None:
-        picked = hidden if rows is None else hidden.index_select(0, rows)
-        logprob, entropy = recomputed_logprob(picked, weight, bias, target, head, chunk_size)
-        loss, result = differentiable_loss(logprob, entropy, inputs, config)
-        output = LossOutput(loss, logprob.detach(), entropy.detach(), result.metrics)
-    else:
-        with torch.no_grad():
-            chunked = ChunkedHead(hidden, weight, bias, head, [rows_ for rows_, _ in chunks], needs)
-            output = _fused(chunked, target, rows, inputs, config, chunks)
-        output.loss = with_gradients(output.loss.to(dtype), (hidden, weight, bias), chunked.gradients)
-    if rows is not None:
-        assert output.entropy is not None
-        output.logprob = output.logprob.new_zeros(hidden.shape[0]).index_copy_(0, rows, output.logprob)
-        output.entropy = output.entropy.new_zeros(hidden.shape[0]).index_copy_(0, rows, output.entropy)
-    return output
+    schedule: str,
+    advantage: Tensor,
+    group_index: Tensor | None,
+    cu_seqlens: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    sampling: Tensor | None,
+    mask: Tensor | None,
+    entropy_threshold: Tensor | None,
+    num_sequences: Tensor | None,
+    num_tokens: Tensor | None,
+    config: str,
+    baseline: str,
+    scale: str,
+    needs: list[bool],
+    main_grad: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss 0-d, logprob [N], entropy [N], `METRICS`, and the gradients of `HeadOperands.differentiable`."""
+    head = HeadOperands(
+        hidden, weight, bias, lora_hidden, lora_weight, target,
+        logit_scale, softcap, temperature, autocast, chunk_size, schedule,
+    )  # fmt: skip
+    loss = LossOperands(
+        advantage, group_index, cu_seqlens, old, ref, sampling, mask,
+        entropy_threshold, num_sequences, num_tokens, config, baseline, scale,
+    )  # fmt: skip
+    loss.check_values(head.num_rows)
+    loss = loss.with_denominators(head.num_rows)
+    trained, index = loss.trained(head.num_rows), None
+    if trained is not None and _may_count(loss):
+        index = trained.nonzero()[:, 0]
+        loss = loss.pick(index, trained)
+    elif trained is not None:
+        head = head.quiet(trained)
+    check_target_values(head.target if index is None else head.target[index], weight.shape[0])
+    with head.exactly():
+        value, logprob, entropy, metrics, gradients = loss_and_gradients(head, loss, index, needs)
+    if index is not None:
+        logprob, entropy = (x.new_zeros(head.num_rows).index_copy_(0, index, x) for x in (logprob, entropy))
+    elif trained is not None:
+        logprob, entropy = (torch.where(trained, x, 0) for x in (logprob, entropy))
+    by_hidden, by_weight, by_bias, by_lora_hidden, by_lora_weight = gradients
+    value = value.to(head.dtype)
+    return value, logprob, entropy, metrics, by_hidden, by_weight, by_bias, by_lora_hidden, by_lora_weight
 
 
-def _fused(
-    chunked: ChunkedHead,
-    target: Tensor,
-    rows: Tensor | None,
-    inputs: LossInputs,
-    config: LossConfig,
-    chunks: list[tuple[slice, Tensor]],
-) -> LossOutput:
-    """Loss and gradients in one go over the chunks; the gradients are left in `chunked`."""
-    logprob, entropy = (target.new_empty(target.numel(), dtype=chunked.dtype) for _ in range(2))
-    loss = torch.zeros((), dtype=torch.float64, device=target.device)
-    metrics = []
-    for chunk, cu_seqlens in chunks:
-        selected = chunk if rows is None else rows[chunk]
-        x = chunked.logits(selected)
-        logprob[chunk], entropy[chunk], logsumexp = logit_statistics(x, target[chunk], chunked.head)
-        part = evaluate(logprob[chunk], entropy[chunk], inputs.rows(chunk, cu_seqlens), config)
-        loss += part.loss
-        metrics.append(part.metrics)
-        if any(gradient is not None for gradient in chunked.gradients):
-            slope = None if part.grad_entropy is None else part.grad_entropy.expand_as(logsumexp)
-            logit_gradient_(x, target[chunk], logsumexp, entropy[chunk], part.grad_logprob, slope, chunked.head)
-            chunked.accumulate(selected, x)
-    return LossOutput(loss, logprob, entropy, LossOutput.combine(metrics))
+def _may_count(loss: LossOperands) -> bool:
+    """Whether rows that do not train are worth a wait for their number: not for failed samples alone."""
+    if not loss.cu_seqlens.is_cuda:
+        return True
+    return loss.mask is not None and not torch.cuda.is_current_stream_capturing()
 
 
-def _fused_chunks(
-    inputs: LossInputs, config: LossConfig, weight: Tensor, chunk_size: int | None
-) -> list[tuple[slice, Tensor]] | None:
-    """Chunks of rows with the boundaries of their sequences, or None when the loss looks further than a chunk.
+@_linear_grpo_loss.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    head, needs = HeadOperands(*arguments[:12]), arguments[25]
+    logprob = head.hidden.new_empty(head.num_rows, dtype=head.dtype)
+    metrics = logprob.new_empty(len(METRICS), dtype=torch.float64)
+    return logprob.new_empty(()), logprob, torch.empty_like(logprob), metrics, *head.new_gradients(needs)
 
-    A token-level loss is cut anywhere, and evaluates without boundaries. N = 0 is one empty chunk.
-    """
-    num_rows, dtype = inputs.advantage.numel(), inputs.advantage.dtype
-    cu_seqlens = inputs.cu_seqlens
-    if num_rows <= chunk_rows(weight, dtype, chunk_size):
-        return [(slice(0, num_rows), cu_seqlens)]
-    if inputs.entropy_threshold is None and config.top_entropy_quantile < 1:
-        return None
-    if not config.needs_sequences:
-        return [(chunk, cu_seqlens[:0]) for chunk in even_chunks(num_rows, chunk_rows(weight, dtype, chunk_size))]
-    bounds = cu_seqlens.tolist()
-    longest = max(b - a for a, b in pairwise(bounds))
-    size = chunk_rows(weight, dtype, chunk_size, longest)
-    if longest > size:
-        return None
-    chunks, first = [], 0
-    for last in range(1, len(bounds)):
-        if last + 1 == len(bounds) or bounds[last + 1] - bounds[first] > size:
-            chunks.append((slice(bounds[first], bounds[last]), cu_seqlens[first : last + 1] - cu_seqlens[first]))
-            first = last
-    return chunks
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[4:])
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:5]]
+    ctx.main_grad = inputs[26]
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    returned: list[Tensor | None] = [None] * 27
+    for i, gradient in enumerate(ctx.saved_tensors):
+        if upstream is None or not ctx.needs_input_grad[i]:
+            continue
+        if i == 1 and ctx.main_grad is not None:
+            add_to_main_grad(ctx.main_grad, gradient, upstream)
+        else:
+            returned[i] = scale_gradient(gradient, upstream, ctx.dtypes[i])
+    return tuple(returned)
+
+
+_linear_grpo_loss.register_autograd(_backward, setup_context=_save)

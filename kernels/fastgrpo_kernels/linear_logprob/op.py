@@ -1,4 +1,4 @@
-"""`linear_logprob`: checks, the autograd.Function that recomputes the logits in the backward, the public function."""
+"""`linear_logprob`: the public function, its op, and the op of its backward, which computes the logits again."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..checks import check_target, check_tensor, compute_dtype
-from ..projection import ChunkedHead, chunk_rows, even_chunks
-from ..token_logprob.op import live_rows
-from ..vocabulary import LogitHead, logit_gradient_, logit_statistics
+from ..checks import check_target_values
+from ..gradients import into_main_grad as add_to_main_grad
+from ..gradients import live_rows, scale_rows_of_gradient
+from ..head.engine import make_head, problem_of
+from ..head.operands import HeadArguments, HeadOperands, LoRADelta, Schedule, needs_gradient
+from ..head.plan import plan_head
 
 
 def linear_logprob(
@@ -23,88 +24,172 @@ def linear_logprob(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    lora: LoRADelta | None = None,
     chunk_size: int | None = None,
+    schedule: Schedule | None = None,
+    entropy_gradient: bool = True,
+    into_main_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target under the LM head, and the entropy, for any loss built on them.
 
-    hidden: [N, D] float. weight: [V, D] float. bias: [V] float or None. target: [N] int64 in [0, V) (checked on the
-    CPU only). The logits are `softcap(logit_scale * (hidden @ weight.T + bias)) / temperature`.
-    chunk_size: rows whose logits exist at a time; by default as many as fit a 64 MiB buffer.
+    hidden: [N, D] float. weight: [V, D] float. bias: [V] float or None. target: [N] int64 in [0, V) (checked on the CPU
+    only; on a GPU a wrong one makes its log-prob NaN). The logits are
+    `softcap(logit_scale * (hidden @ weight.T + bias)) / temperature`; `lora` adds its product to `hidden @ weight.T`.
+    chunk_size: rows whose logits, or their gradients, exist at a time; by default what a budget allows: 64 MiB on the
+        CPU; on a GPU 4 GiB, or 1 GiB with a frozen weight.
+    schedule: how the logits become gradients (head/plan.py), None = chosen; `watch_plans` shows what was.
+    entropy_gradient: the entropy is differentiable, too; without it a frozen weight costs 2 GEMMs in place of 3.
+    into_main_grad: the weight's gradient is added to `weight.main_grad` (fp32) in the backward; `weight.grad` stays.
 
-    Returns `logprob` [N] and `entropy` [N] in nats, fp32 (float64 if an input is), both differentiable with respect to
-    hidden, weight and bias. The backward computes the logits again: 4 GEMMs in all, 3 with a frozen weight. Rows whose
-    upstream gradients are 0 are left out of it, and a row of NaN among them changes nothing.
+    Returns `logprob` [N] and `entropy` [N] in nats, fp32 (float64 if an input is), differentiable with respect to
+    hidden, weight, bias and lora. The backward computes the logits again, 4 GEMMs in all; with a frozen weight and
+    `entropy_gradient=False` it does not, 2 GEMMs. Under autocast GEMM operands are rounded as in any linear layer, the
+    logits never. Rows whose upstream gradients are 0 get zeros, and a NaN among them changes nothing.
     Errors: TypeError or ValueError naming the argument.
     """
-    check_linear(hidden, weight, bias, chunk_size)
-    check_target(target, hidden.shape[0], weight.shape[0], hidden.device)
-    head = LogitHead(logit_scale, softcap, temperature)
-    return recomputed_logprob(hidden, weight, bias, target, head, chunk_size)
-
-
-def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int | None) -> None:
-    """The checks that the ops on an LM head share; errors as in checks.py."""
-    check_tensor("hidden", hidden, (None, None), "[N, D]")
-    check_tensor("weight", weight, (None, hidden.shape[1]), "[V, D]", device=hidden.device)
-    if weight.shape[0] == 0:
-        raise ValueError("weight: expected shape [V, D] with V >= 1, got V = 0")
-    if bias is not None:
-        check_tensor("bias", bias, (weight.shape[0],), "[V]", device=hidden.device)
-    if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
-        raise ValueError(f"chunk_size: expected an int >= 1 or None, got {chunk_size!r}")
-
-
-def recomputed_logprob(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, head: LogitHead, chunk_size: int | None
-) -> tuple[Tensor, Tensor]:
-    """`linear_logprob` after its checks."""
-    logprob, entropy = _LinearLogprob.apply(hidden, weight, bias, target, head, chunk_size)
+    arguments = HeadArguments(
+        hidden, weight, target, bias, logit_scale, softcap, temperature, lora, chunk_size, schedule, into_main_grad
+    )
+    arguments.check()
+    operands = arguments.operands()
+    logprob, entropy, *_ = _linear_logprob(*operands, needs_gradient(operands), entropy_gradient, arguments.main_grad())
     return logprob, entropy
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        head: LogitHead,
-        chunk_size: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        chunks = even_chunks(hidden.shape[0], chunk_rows(weight, compute_dtype(hidden, weight, bias), chunk_size))
-        chunked = ChunkedHead(hidden, weight, bias, head, chunks)
-        logprob, entropy, logsumexp = (hidden.new_empty(hidden.shape[0], dtype=chunked.dtype) for _ in range(3))
-        for rows in chunks:
-            x = chunked.logits(rows)
-            logprob[rows], entropy[rows], logsumexp[rows] = logit_statistics(x, target[rows], head)
-        ctx.save_for_backward(hidden, weight, bias, target, logsumexp, entropy)
-        ctx.head, ctx.chunk_size = head, chunk_size
-        ctx.set_materialize_grads(False)
-        return logprob, entropy
+@torch.library.custom_op("fastgrpo::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
+    target: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    autocast: torch.dtype | None,
+    chunk_size: int | None,
+    schedule: str,
+    needs: list[bool],
+    entropy_gradient: bool,
+    main_grad: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprob, entropy, [N] each; in a `per_row` plan dlogp/dhidden [N, D], dlogp/dlora_hidden [N, r], else empty."""
+    operands = HeadOperands(
+        hidden, weight, bias, lora_hidden, lora_weight, target,
+        logit_scale, softcap, temperature, autocast, chunk_size, schedule,
+    )  # fmt: skip
+    check_target_values(target, weight.shape[0])
+    problem = problem_of(operands, operands.num_rows, needs, "unknown", entropy_gradient)
+    plan = plan_head(problem, None, chunk_size, schedule)
+    per_row = _is_per_row(needs, entropy_gradient, schedule)
+    head = make_head(operands, plan, needs if per_row else [False] * 5)
+    ones = torch.ones_like(head.logprob) if per_row else head.logprob
+    with operands.exactly():
+        for window in plan.windows:
+            head.forward(window, keep=per_row)
+            if per_row:
+                head.backward(window, ones, None)
+        by_hidden, _, _, by_lora_hidden, _ = head.gradients()
+    return head.logprob, head.entropy, by_hidden, by_lora_hidden
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, logsumexp, entropy = ctx.saved_tensors
-        if grad_logprob is None:
-            grad_logprob = torch.zeros_like(entropy)
-        live = live_rows(grad_logprob, grad_entropy)
-        chunks = even_chunks(live.numel(), chunk_rows(weight, entropy.dtype, ctx.chunk_size))
-        chunked = ChunkedHead(hidden, weight, bias, ctx.head, chunks, ctx.needs_input_grad[:3])
-        for chunk in chunks:
-            rows = live[chunk]
-            upstream_entropy = None if grad_entropy is None else grad_entropy[rows]
-            grad_logits = logit_gradient_(
-                chunked.logits(rows),
-                target[rows],
-                logsumexp[rows],
-                entropy[rows],
-                grad_logprob[rows],
-                upstream_entropy,
-                ctx.head,
-            )
-            chunked.accumulate(rows, grad_logits)
-        grads = zip(chunked.gradients, (hidden, weight, bias), strict=True)
-        return *(None if grad is None else grad.to(like.dtype) for grad, like in grads), None, None, None
+
+def _is_per_row(needs: list[bool], entropy_gradient: bool, schedule: str) -> bool:
+    """Each row's own derivative is kept for the backward, which then needs no logits: `plan_head` says the same."""
+    trainable = needs[1] or needs[2] or needs[4]
+    return any(needs) and not trainable and not entropy_gradient and schedule != "recomputed"
+
+
+@_linear_logprob.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operands, (needs, entropy_gradient, _) = HeadOperands(*arguments[:12]), arguments[12:]
+    per_row = _is_per_row(needs, entropy_gradient, operands.schedule)
+    gradients = operands.new_gradients(needs if per_row else [False] * 5)
+    logprob = operands.hidden.new_empty(operands.num_rows, dtype=operands.dtype)
+    return logprob, torch.empty_like(logprob), gradients[0], gradients[3]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    needs, entropy_gradient, ctx.main_grad = inputs[12:]
+    _, entropy, *per_row = output
+    ctx.mark_non_differentiable(*per_row, *(() if entropy_gradient else (entropy,)))
+    ctx.set_materialize_grads(False)
+    ctx.per_row = _is_per_row(needs, entropy_gradient, inputs[11])
+    ctx.save_for_backward(*(per_row if ctx.per_row else inputs[:6]))
+    ctx.options, ctx.dtypes = inputs[6:12], [None if x is None else x.dtype for x in inputs[:5]]
+
+
+def _backward(
+    ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:5])
+    if not any(needs) or (grad_logprob is None and grad_entropy is None):
+        return (None,) * 15
+    if ctx.per_row:
+        by_hidden, by_lora_hidden = ctx.saved_tensors
+        assert grad_logprob is not None
+        hidden, lora_hidden = (
+            scale_rows_of_gradient(x, grad_logprob, ctx.dtypes[i]) if needs[i] else None
+            for i, x in ((0, by_hidden), (3, by_lora_hidden))
+        )
+        return hidden, None, None, lora_hidden, *[None] * 11
+    gradients = _linear_logprob_backward(*ctx.saved_tensors, *ctx.options, needs, grad_logprob, grad_entropy)
+    returned = [g.to(dtype) if needed else None for g, dtype, needed in zip(gradients, ctx.dtypes, needs, strict=True)]
+    if needs[1] and ctx.main_grad is not None:
+        add_to_main_grad(ctx.main_grad, gradients[1], None)
+        returned[1] = None
+    return *returned, *[None] * 10
+
+
+_linear_logprob.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("fastgrpo::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
+    target: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    autocast: torch.dtype | None,
+    chunk_size: int | None,
+    schedule: str,
+    needs: list[bool],
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> list[Tensor]:
+    """The gradients of `HeadOperands.differentiable`."""
+    operands = HeadOperands(
+        hidden, weight, bias, lora_hidden, lora_weight, target,
+        logit_scale, softcap, temperature, autocast, chunk_size, schedule,
+    )  # fmt: skip
+    if grad_logprob is None:
+        assert grad_entropy is not None
+        grad_logprob = torch.zeros_like(grad_entropy)
+    index = None
+    if hidden.is_cuda:  # to leave dead rows out, the host would have to wait for their number
+        operands = operands.quiet(
+            grad_logprob != 0 if grad_entropy is None else (grad_logprob != 0) | (grad_entropy != 0)
+        )
+    else:
+        index = live_rows(grad_logprob, grad_entropy)
+        grad_logprob = grad_logprob[index]
+        grad_entropy = None if grad_entropy is None else grad_entropy[index]
+    problem = problem_of(operands, grad_logprob.numel(), needs, "token", grad_entropy is not None)
+    method = "" if schedule == "recomputed" else schedule
+    plan = plan_head(problem, None, chunk_size, method)
+    head = make_head(operands, plan, needs, index)
+    with operands.exactly():
+        for window in plan.windows:
+            head.forward(window, keep=True)
+            head.backward(window, grad_logprob, grad_entropy)
+        return head.gradients()
+
+
+@_linear_logprob_backward.register_fake
+def _(*arguments: Any) -> list[Tensor]:
+    return HeadOperands(*arguments[:12]).new_gradients(arguments[12])

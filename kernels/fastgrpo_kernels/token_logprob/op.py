@@ -1,4 +1,4 @@
-"""`token_logprob`: checks, the autograd.Function, the public function."""
+"""`token_logprob`: the public function, its op, and the op of its backward."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backend import use_triton
-from ..checks import check_target, check_tensor, compute_dtype
+from ..checks import check_target, check_target_values, check_tensor, compute_dtype
+from ..gradients import live_rows
 from ..vocabulary import LogitHead, logit_gradient_, logit_statistics, row_blocks
 
 
@@ -29,75 +29,87 @@ def token_logprob(
     Errors: TypeError or ValueError naming the argument.
     """
     check_tensor("logits", logits, (None, None), "[N, V]")
-    check_target(target, logits.shape[0], logits.shape[1], logits.device)
-    head = LogitHead(softcap=softcap, temperature=temperature)
-    function = _TritonTokenLogprob if use_triton(logits) else _TokenLogprob
-    logprob, entropy = function.apply(logits, target, head)
+    check_target(target, logits.shape[0], logits.device)
+    LogitHead(softcap=softcap, temperature=temperature)
+    logprob, entropy, _, _ = _token_logprob(logits, target, softcap, temperature)
     return logprob, entropy
 
 
-class _TritonTokenLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, head: LogitHead) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("fastgrpo::token_logprob", mutates_args=())
+def _token_logprob(
+    logits: Tensor, target: Tensor, softcap: float | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprob, entropy, and two vectors whose sum is the log-sum-exp, each [N]."""
+    check_target_values(target, logits.shape[1])
+    head = LogitHead(softcap=softcap, temperature=temperature)
+    if use_triton(logits):
         from . import kernel
 
-        logprob, entropy, peak, log_sum = kernel.forward(logits, target, head)
-        ctx.save_for_backward(logits, target, peak, log_sum, entropy)
-        ctx.head = head
-        ctx.set_materialize_grads(False)
-        return logprob, entropy
+        return kernel.forward(logits, target, head)
+    dtype = compute_dtype(logits)
+    logprob, entropy, logsumexp = (logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(3))
+    for rows in row_blocks(*logits.shape):
+        x = logits[rows].to(dtype) * head.input_scale
+        logprob[rows], entropy[rows], logsumexp[rows] = logit_statistics(x, target[rows], head)
+    return logprob, entropy, logsumexp, torch.zeros_like(logsumexp)
 
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor | None, None, None]:
+
+@_token_logprob.register_fake
+def _(logits: Tensor, target: Tensor, softcap: float | None, temperature: float) -> tuple[Tensor, ...]:
+    return tuple(logits.new_empty(logits.shape[0], dtype=compute_dtype(logits)) for _ in range(4))
+
+
+@torch.library.custom_op("fastgrpo::token_logprob_backward", mutates_args=())
+def _token_logprob_backward(
+    logits: Tensor,
+    target: Tensor,
+    peak: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+) -> Tensor:
+    """The gradient of the logits, in their dtype."""
+    head = LogitHead(softcap=softcap, temperature=temperature)
+    if grad_logprob is None:
+        grad_logprob = torch.zeros_like(entropy)
+    if use_triton(logits):
         from . import kernel
 
-        logits, target, peak, log_sum, entropy = ctx.saved_tensors
-        if grad_logprob is None:
-            grad_logprob = torch.zeros_like(entropy)
-        grad = kernel.backward(logits, target, peak, log_sum, entropy, grad_logprob, grad_entropy, ctx.head)
-        return grad, None, None
+        return kernel.backward(logits, target, peak, log_sum, entropy, grad_logprob, grad_entropy, head)
+    grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    live, logsumexp = live_rows(grad_logprob, grad_entropy), peak + log_sum
+    for block in row_blocks(live.numel(), logits.shape[1]):
+        rows = live[block]
+        x = logits[rows].to(entropy.dtype) * head.input_scale
+        slope = None if grad_entropy is None else grad_entropy[rows]
+        logit_gradient_(x, target[rows], logsumexp[rows], entropy[rows], grad_logprob[rows], slope, head)
+        grad[rows] = x.mul_(head.slope).to(grad.dtype)
+    return grad
 
 
-class _TokenLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, head: LogitHead) -> tuple[Tensor, Tensor]:
-        dtype = compute_dtype(logits)
-        logprob, entropy, logsumexp = (logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(3))
-        for rows in row_blocks(*logits.shape):
-            x = logits[rows].to(dtype) * head.input_scale
-            logprob[rows], entropy[rows], logsumexp[rows] = logit_statistics(x, target[rows], head)
-        ctx.save_for_backward(logits, target, logsumexp, entropy)
-        ctx.head = head
-        ctx.set_materialize_grads(False)
-        return logprob, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor | None, None, None]:
-        logits, target, logsumexp, entropy = ctx.saved_tensors
-        if grad_logprob is None:
-            grad_logprob = torch.zeros_like(entropy)
-        grad = torch.zeros_like(logits)
-        live = live_rows(grad_logprob, grad_entropy)
-        for block in row_blocks(live.numel(), logits.shape[1]):
-            rows = live[block]
-            x = logits[rows].to(entropy.dtype) * ctx.head.input_scale
-            upstream_entropy = None if grad_entropy is None else grad_entropy[rows]
-            logit_gradient_(
-                x, target[rows], logsumexp[rows], entropy[rows], grad_logprob[rows], upstream_entropy, ctx.head
-            )
-            grad[rows] = x.mul_(ctx.head.slope).to(grad.dtype)
-        return grad, None, None
+@_token_logprob_backward.register_fake
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def live_rows(grad_logprob: Tensor, grad_entropy: Tensor | None) -> Tensor:
-    """int64 indices of the rows with a nonzero upstream gradient: the only ones that a backward needs to look at."""
-    live = grad_logprob != 0
-    if grad_entropy is not None:
-        live |= grad_entropy != 0
-    return live.nonzero()[:, 0]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, *ctx.options = inputs
+    _, entropy, peak, log_sum = output
+    ctx.mark_non_differentiable(peak, log_sum)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, target, peak, log_sum, entropy)
+
+
+def _backward(
+    ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    if grad_logprob is None and grad_entropy is None:
+        return None, None, None, None
+    grad = _token_logprob_backward(*ctx.saved_tensors, grad_logprob, grad_entropy, *ctx.options)
+    return grad, None, None, None
+
+
+_token_logprob.register_autograd(_backward, setup_context=_save)

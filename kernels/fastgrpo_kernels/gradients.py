@@ -1,0 +1,50 @@
+"""Gradients that are known in the forward pass, handed out in the backward.
+
+Ops of their own because they have no derivative: differentiating a backward once more is an error, not a wrong number.
+What was saved stays as it is and serves any number of backwards.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("fastgrpo::scale_gradient", mutates_args=())
+def scale_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """`gradient * upstream` (0-d) in `dtype`, a new tensor."""
+    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
+
+
+@scale_gradient.register_fake
+def _(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+@torch.library.custom_op("fastgrpo::scale_rows_of_gradient", mutates_args=())
+def scale_rows_of_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, D] * [N] in `dtype`, a new tensor; 0 where upstream is 0, whatever the row holds."""
+    scaled = torch.mul(gradient, upstream[:, None], out=torch.empty_like(gradient, dtype=dtype))
+    return scaled.masked_fill_(upstream[:, None] == 0, 0)
+
+
+@scale_rows_of_gradient.register_fake
+def _(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+def into_main_grad(main_grad: Tensor, gradient: Tensor, upstream: Tensor | None) -> None:
+    """main_grad += gradient * upstream (0-d, None = 1), in place, both fp32 and of one shape."""
+    with torch.no_grad():
+        if upstream is None:
+            main_grad.add_(gradient)
+        else:
+            main_grad.addcmul_(gradient, upstream)
+
+
+def live_rows(grad_logprob: Tensor, grad_entropy: Tensor | None) -> Tensor:
+    """int64 indices of the rows with a nonzero upstream gradient: the only ones that a backward needs to look at."""
+    live = grad_logprob != 0
+    if grad_entropy is not None:
+        live |= grad_entropy != 0
+    return live.nonzero()[:, 0]

@@ -146,6 +146,8 @@ def tabulate(modules: Sequence[str], archs: Sequence[str]) -> tuple[list[Row], l
             faults.append(f"{module}: no KERNELS")
         for spec in specs:
             for arch in archs:
+                if spec.archs is not None and arch not in spec.archs:
+                    continue
                 try:
                     row = inspect(spec, arch)
                 except Exception as error:  # one kernel that does not compile must not hide the others

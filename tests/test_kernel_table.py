@@ -133,6 +133,6 @@ def test_faulty_kernels(tmp_path: Path) -> None:
 
 def test_every_kernel_file_is_in_the_table() -> None:
     files = (_ROOT / "kernels" / "fastgrpo_kernels").rglob("kernel.py")
-    names = {f"fastgrpo_kernels.{file.parent.name}.kernel" for file in files}
+    names = {".".join(file.relative_to(_ROOT / "kernels").with_suffix("").parts) for file in files}
     assert names
     assert set(kernel_modules()) == names

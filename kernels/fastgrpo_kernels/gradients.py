@@ -10,25 +10,37 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("fastgrpo::scale_gradient", mutates_args=())
 def scale_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """`gradient * upstream` (0-d) in `dtype`, a new tensor."""
+    return _scale_gradient(gradient, _tracked(upstream), dtype)
+
+
+def scale_rows_of_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, D] * [N] in `dtype`, a new tensor; 0 where upstream is 0, whatever the row holds."""
+    return _scale_rows_of_gradient(gradient, _tracked(upstream), dtype)
+
+
+def _tracked(upstream: Tensor) -> Tensor:
+    """Under `create_graph` a tensor that wants a gradient, so that what comes of it does, too, and then raises.
+
+    The saved gradient is a constant to autograd: without this a penalty on it would add nothing, without a word.
+    """
+    return upstream.detach().requires_grad_() if torch.is_grad_enabled() else upstream
+
+
+@torch.library.custom_op("fastgrpo::scale_gradient", mutates_args=())
+def _scale_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
 
 
-@scale_gradient.register_fake
-def _(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(gradient, dtype=dtype)
-
-
 @torch.library.custom_op("fastgrpo::scale_rows_of_gradient", mutates_args=())
-def scale_rows_of_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N, D] * [N] in `dtype`, a new tensor; 0 where upstream is 0, whatever the row holds."""
+def _scale_rows_of_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     scaled = torch.mul(gradient, upstream[:, None], out=torch.empty_like(gradient, dtype=dtype))
     return scaled.masked_fill_(upstream[:, None] == 0, 0)
 
 
-@scale_rows_of_gradient.register_fake
+@_scale_gradient.register_fake
+@_scale_rows_of_gradient.register_fake
 def _(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(gradient, dtype=dtype)
 

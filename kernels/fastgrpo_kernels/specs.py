@@ -19,7 +19,8 @@ class KernelSpec:
     behind it promises that the value (of a pointer: the address) divides by 16, as Triton's launcher finds out by
     itself; without the promise no access is wider than one element. `constexprs` also holds arguments that are always
     None, or specialized to 1. `options` are further compiler options of the launch, as {"maxnreg": 128}. `wide` demands
-    128-bit accesses of the main loop.
+    128-bit accesses of the main loop. `archs` are the architectures it is launched on, as "sm_90"; None: all.
+    Tensor descriptors are written "tensordesc<bf16[128,64]>", with the shape of their blocks.
     """
 
     name: str
@@ -30,3 +31,4 @@ class KernelSpec:
     num_stages: int = 2
     options: Mapping[str, Any] = field(default_factory=dict)
     wide: bool = False
+    archs: tuple[str, ...] | None = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_cu_seqlens, check_cu_seqlens_values, check_tensor
-from ..group_advantages.op import GroupRewards, check_group_rewards
+from ..group_advantages.op import GroupRewards, check_group_rewards, group_advantages
 from ..segments import segment_ids
 from .config import LossConfig
 from .reference import entropy_quantile
@@ -142,7 +142,7 @@ class LossOperands:
     encoded_config: str
     baseline: str
     scale: str
-    rows_picked: bool = False
+    per_sequence: bool | None = None  # `advantage` is [S], and not [N]; None: by its size, [S] when S = N
 
     @cached_property
     def config(self) -> LossConfig:
@@ -150,8 +150,12 @@ class LossOperands:
 
     @property
     def per_token(self) -> bool:
-        """`advantage` is [N] and not [S]; before rows were picked, [S] when S = N."""
-        return self.group_index is None and (self.rows_picked or self.advantage.numel() != self.cu_seqlens.numel() - 1)
+        """`advantage` is [N]."""
+        if self.group_index is not None:
+            return False
+        if self.per_sequence is not None:
+            return not self.per_sequence
+        return self.advantage.numel() != self.cu_seqlens.numel() - 1
 
     @property
     def own_quantile(self) -> bool:
@@ -199,6 +203,12 @@ class LossOperands:
         quantile = entropy_quantile(entropy, trained, 1 - self.config.top_entropy_quantile)
         return replace(self, entropy_threshold=quantile.double())
 
+    def with_advantages(self, num_rows: int) -> LossOperands:
+        """Rewards in groups replaced by their advantages [S], and the failed samples by a mask."""
+        assert self.group_index is not None
+        advantage = group_advantages(self.advantage, self.group_index, baseline=self.baseline, scale=self.scale)
+        return replace(self, advantage=advantage, mask=self.trained(num_rows), group_index=None, per_sequence=True)
+
     def pick(self, rows: Tensor, trained: Tensor) -> LossOperands:
         """Only the rows that train, whose int64 indices these are; denominators must be present.
 
@@ -222,7 +232,7 @@ class LossOperands:
             ref=rows_of(self.ref),
             sampling=rows_of(self.sampling),
             mask=None,
-            rows_picked=True,
+            per_sequence=False,
         )
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..group_advantages.op import group_advantages
 from ..segments import segment_ids, segment_sum
 from .arguments import LossOperands
 from .config import LossConfig
@@ -57,6 +56,8 @@ class LossInputs:
 def prepare(operands: LossOperands, num_rows: int, dtype: torch.dtype) -> LossInputs:
     """Operands with denominators and threshold -> one record in `dtype`, without NaN in rows that do not train."""
     cu_seqlens, device = operands.cu_seqlens, operands.cu_seqlens.device
+    if operands.group_index is not None:
+        operands = operands.with_advantages(num_rows)
     assert operands.num_sequences is not None
     assert operands.num_tokens is not None
     sequence = segment_ids(cu_seqlens, num_rows)
@@ -64,8 +65,6 @@ def prepare(operands: LossOperands, num_rows: int, dtype: torch.dtype) -> LossIn
     if trained is None:
         trained = torch.ones(num_rows, dtype=torch.bool, device=device)
     advantage = operands.advantage
-    if operands.group_index is not None:
-        advantage = group_advantages(advantage, operands.group_index, baseline=operands.baseline, scale=operands.scale)
     if not operands.per_token:
         advantage = advantage[sequence]
     tokens = operands.num_tokens.clamp(min=1)

@@ -16,6 +16,9 @@ from .coefficients import evaluate
 from .inputs import prepare
 from .output import LossOutput, Metrics, as_vector
 
+MANY_SEQUENCES = 4096
+"""Above it group advantages have a launch of their own: in the loss's every program reads all rewards, S^2 in all."""
+
 
 class Coefficients(Protocol):
     def rows(
@@ -45,6 +48,8 @@ def coefficients(operands: LossOperands, num_rows: int, like: Tensor) -> Coeffic
         return _TorchCoefficients(operands, num_rows, like.dtype)
     from .kernel import DeviceCoefficients
 
+    if operands.group_index is not None and operands.advantage.numel() > MANY_SEQUENCES:
+        operands = operands.with_advantages(num_rows)
     assert operands.num_sequences is not None
     assert operands.num_tokens is not None
     return DeviceCoefficients(

@@ -71,4 +71,8 @@ def _tensor_copies(operands: HeadOperands) -> bool:
         return False
     if not hidden.is_cuda:
         return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(hidden.device) >= (9, 0)
+    if torch.version.hip is not None:
+        return False
+    major = torch.cuda.get_device_capability(hidden.device)[0]
+    uncompilable = major == 10 and operands.bias is not None and operands.softcap is not None  # by Triton 3.9
+    return major in (9, 10) and not uncompilable

@@ -91,7 +91,10 @@ class HeadArguments:
         """The fields of a `HeadOperands`, in their order."""
         lora_hidden = None
         if self.lora is not None:
-            lora_hidden = torch.nn.functional.linear(self.hidden, self.lora.a.to(self.hidden.dtype)) * self.lora.scale
+            # Rows that do not train may hold NaN, and autograd would add 0 * NaN to the gradient of `a`.
+            finite = self.hidden.detach().isfinite().all(-1, keepdim=True)
+            rows = torch.where(finite, self.hidden, 0)
+            lora_hidden = torch.nn.functional.linear(rows, self.lora.a.to(rows.dtype)) * self.lora.scale
         return (
             self.hidden,
             self.weight,
@@ -179,16 +182,13 @@ class HeadOperands:
         return use_triton(self.hidden) and self.dtype == torch.float32
 
     def new_gradients(self, needs: list[bool]) -> list[Tensor]:
-        """Uninitialised gradients of `differentiable` as an op returns them, empty where none is needed.
+        """Uninitialised gradients of `differentiable` as an op returns them, empty where not needed.
 
-        Those that are sums over rows have the compute dtype; a row's own has the hidden states' on a device.
+        They have the compute dtype: rounding waits for the upstream gradient.
         """
-        gradients = []
-        for i, (x, needed) in enumerate(zip(self.differentiable, needs, strict=True)):
-            per_row = i in (0, 3)
-            dtype = self.hidden.dtype if per_row and self.on_device else self.dtype
-            gradients.append(self.hidden.new_empty(x.shape if x is not None and needed else (0,), dtype=dtype))
-        return gradients
+        wanted = zip(self.differentiable, needs, strict=True)
+        shapes = (x.shape if x is not None and needed else (0,) for x, needed in wanted)
+        return [self.hidden.new_empty(shape, dtype=self.dtype) for shape in shapes]
 
 
 def _check_whole(name: str, tensor: Any) -> None:

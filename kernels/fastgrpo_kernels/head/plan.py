@@ -32,11 +32,11 @@ HOST_LOGITS = 64 << 20
 HOST_SEQUENCE_LOGITS = 256 << 20
 """Bytes they may grow to when a loss needs whole sequences in a window."""
 
-DEVICE_GRADIENTS = 4 << 30
+DEVICE_GRADIENTS = 3 << 30
 """Bytes of gradient rows held at a time on a device with a trainable weight: fewer chunks, less traffic to dW."""
 
-DEVICE_GRADIENTS_FROZEN = 1 << 30
-"""The same with a frozen one, where 2048 rows already fill the GEMMs."""
+DEVICE_GRADIENTS_FROZEN = 512 << 20
+"""The same with a frozen one, where some 2000 rows already fill the GEMMs."""
 
 DEVICE_LOGITS = 320 << 20
 """Bytes of fp32 logits held at a time on a device by `single_read` and `two_read`."""
@@ -107,12 +107,14 @@ def plan_head(
     bounds: Callable[[], list[int]] | None = None,
     chunk_size: int | None = None,
     schedule: str = "",
+    watched: bool = True,
 ) -> HeadPlan:
     """The plan for a problem.
 
     bounds: tells the sequences' boundaries, [S+1]; asked only where a plan turns on them; None = not to be had.
     chunk_size: rows of a window, in place of those that a budget allows.
     schedule: a method, or `recomputed`; "" = choose.
+    watched: `watch_plans` shows it; not so the second half of a plan that it has shown.
     Errors: ValueError naming the schedule that cannot be had, and why.
     """
     method, why = _method(problem, "" if schedule == "recomputed" else schedule)
@@ -131,7 +133,7 @@ def plan_head(
     )
     _LOG.debug("N=%d V=%d: %s", problem.num_rows, problem.vocab_size, plan)
     watching = _WATCHING.get()
-    if watching is not None:
+    if watched and watching is not None:
         watching.append(plan)
     return plan
 
@@ -241,14 +243,15 @@ def _grown(problem: HeadProblem, rows: int, longest: int) -> int:
 
 
 def even_windows(num_rows: int, rows: int, tile: int = 1) -> list[slice]:
-    """Cut num_rows rows into as few windows of at most `rows` as possible, of nearly equal size, in whole tiles.
+    """Cut num_rows rows into as few windows of at most `rows` as possible, of nearly equal size.
 
+    In whole tiles, where `rows` is a multiple of a tile.
     N = 0 is one empty window, so that its loss is evaluated, too.
     """
     count = max(1, -(-num_rows // rows))
+    if rows % tile:
+        tile = 1
     tiles = -(-num_rows // tile)
-    if tiles * tile > count * rows:  # tiles that do not divide `rows`
-        tile, tiles = 1, num_rows
     bounds = [min(tiles * i // count * tile, num_rows) for i in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(bounds)]
 

@@ -54,7 +54,7 @@ def linear_grpo_loss(
         the loss NaN). The logits are `softcap(logit_scale * (hidden @ weight.T + bias)) / temperature`.
     lora: a low-rank change of the weight, added to `hidden @ weight.T`.
     chunk_size: rows whose logits, or their gradients, exist at a time; by default what a budget allows: 64 MiB on the
-        CPU, up to 256 MiB to hold a whole sequence; on a GPU 4 GiB of gradient rows, 1 GiB with a frozen weight.
+        CPU, up to 256 MiB to hold a whole sequence; on a GPU 3 GiB of gradient rows, 512 MiB with a frozen weight.
     schedule: how logits become gradients (head/plan.py), None = chosen; `watch_plans` shows what was.
     into_main_grad: the weight's gradient is added to `weight.main_grad` (fp32) in the backward; `weight.grad` stays.
     The other arguments are `grpo_loss`'s. Only rows that train meet the LM head; logprob and entropy are 0 elsewhere.

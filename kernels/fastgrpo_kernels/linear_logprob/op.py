@@ -36,7 +36,7 @@ def linear_logprob(
     only; on a GPU a wrong one makes its log-prob NaN). The logits are
     `softcap(logit_scale * (hidden @ weight.T + bias)) / temperature`; `lora` adds its product to `hidden @ weight.T`.
     chunk_size: rows whose logits, or their gradients, exist at a time; by default what a budget allows: 64 MiB on the
-        CPU; on a GPU 4 GiB, or 1 GiB with a frozen weight.
+        CPU; on a GPU 3 GiB, or 512 MiB with a frozen weight.
     schedule: how the logits become gradients (head/plan.py), None = chosen; `watch_plans` shows what was.
     entropy_gradient: the entropy is differentiable, too; without it a frozen weight costs 2 GEMMs in place of 3.
     into_main_grad: the weight's gradient is added to `weight.main_grad` (fp32) in the backward; `weight.grad` stays.
@@ -181,7 +181,7 @@ def _linear_logprob_backward(
         grad_entropy = None if grad_entropy is None else grad_entropy[index]
     problem = problem_of(operands, grad_logprob.numel(), needs, "token", grad_entropy is not None)
     method = "" if schedule == "recomputed" else schedule
-    plan = plan_head(problem, None, chunk_size, method)
+    plan = plan_head(problem, None, chunk_size, method, watched=False)
     head = make_head(operands, plan, needs, index)
     with operands.exactly():
         for window in plan.windows:

@@ -154,7 +154,7 @@ def _store_gradient(
     tl.store(p_out + o, tl.where(live, grad * slope, 0.0).to(p_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["stride", "V"])
+@triton.jit(do_not_specialize=["stride", "out_stride", "V"])
 def token_logprob_backward(
     p_logits,
     p_target,
@@ -165,6 +165,7 @@ def token_logprob_backward(
     p_d_entropy,
     p_d_logits,
     stride,
+    out_stride,
     V,
     input_scale,
     ceiling,
@@ -174,12 +175,12 @@ def token_logprob_backward(
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Row `program_id(0)` of dL/dlogits, whose rows are V apart; `p_d_entropy` is None where nothing comes from it."""
+    """Row `program_id(0)` of dL/dlogits; `p_d_entropy` is None where nothing comes from the entropy."""
     ENTROPY: tl.constexpr = p_d_entropy is not None
     i_row = tl.program_id(0).to(tl.int64)
     o_start, lead, end, whole = _row_layout(stride, V, UNIT, GROUP)
     p_row = p_logits + o_start
-    p_out = p_d_logits + i_row * V // UNIT * UNIT  # the same lead: UNIT is 1 where the strides do not allow it
+    p_out = p_d_logits + i_row * out_stride // UNIT * UNIT  # the same lead: UNIT is 1 where the strides do not allow it
     peak = tl.load(p_peak + i_row)
     log_sum = tl.load(p_log_sum + i_row)
     entropy = tl.load(p_entropy + i_row)
@@ -207,13 +208,16 @@ def token_logprob_backward(
     )  # fmt: skip
 
 
-def _tiling(itemsize: int, vocab_size: int, stride: int, softcap: bool) -> dict[str, int]:
+def _tiling(
+    itemsize: int, vocab_size: int, stride: int, softcap: bool, out_stride: int | None = None
+) -> dict[str, int]:
     """The kernels' block sizes and number of warps for rows of `vocab_size` logits, `stride` apart.
 
+    itemsize: of the logits, or of the gradient where that is smaller. out_stride: of the gradient; None = vocab_size.
     With a softcap long tiles are half as large: its tanh and derivative spilled registers on sm_100.
     """
     group = 16 // itemsize
-    unit = group if (stride - vocab_size) % group == 0 else 1
+    unit = group if (stride - (vocab_size if out_stride is None else out_stride)) % group == 0 else 1
     if vocab_size < 1024 * group:
         return {"UNIT": unit, "GROUP": group, "BLOCK": 256 * group, "num_warps": 4}
     return {"UNIT": unit, "GROUP": group, "BLOCK": (512 if softcap else 1024) * group, "num_warps": 8}
@@ -261,11 +265,17 @@ def backward(
     d_logprob: Tensor,
     d_entropy: Tensor | None,
     head: LogitHead,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of the logits, [N, V] contiguous, in their dtype; `d_entropy` is None when the loss has none."""
+    """The gradient of the logits, [N, V] contiguous, in their dtype; `d_entropy` is None when the loss has none.
+
+    It goes into `out`, if given: [N, V] fp16, bf16 or fp32, columns side by side, no memory shared with the logits;
+    what lies between its rows stays. Accesses are wide where the row strides differ by a multiple of 16 bytes of both.
+    """
     logits = _rows(logits)
     (N, V), stride = logits.shape, logits.stride(0)
-    d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
+    itemsize, softcap = min(logits.element_size(), d_logits.element_size()), head.softcap is not None
     if N:
         with torch.cuda.device_of(logits):
             token_logprob_backward[(N,)](
@@ -278,12 +288,13 @@ def backward(
                 None if d_entropy is None else d_entropy.contiguous(),
                 d_logits,
                 stride,
+                d_logits.stride(0),
                 V,
                 head.input_scale,
                 0.0 if head.softcap is None else head.ceiling,
                 head.slope,
-                SOFTCAP=head.softcap is not None,
-                **_tiling(logits.element_size(), V, stride, head.softcap is not None),
+                SOFTCAP=softcap,
+                **_tiling(itemsize, V, stride, softcap, d_logits.stride(0)),
             )
     return d_logits
 
@@ -291,28 +302,31 @@ def backward(
 def _specs() -> list[KernelSpec]:
     """Every variant: softcap or not, entropy gradient or not, long, short and unaligned rows. fp16 is as bf16."""
     specs = []
-    for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
-        logits, row, number = f"*{dtype}:16", "*fp32:16", "fp32"
+    row, number = "*fp32:16", "fp32"
+    for dtype, out, itemsize in (("bf16", "bf16", 2), ("fp32", "fp32", 4), ("fp32", "bf16", 2)):
         for size, V, stride in (("", 1 << 17, 1 << 17), ("_short", 512, 512), ("_unaligned", 1 << 17, (1 << 17) + 1)):
             for softcap in (False, True):
                 tiling = _tiling(itemsize, V, stride, softcap)
                 warps = tiling.pop("num_warps")
-                name = f"{dtype}{size}{'_softcap' if softcap else ''}"
+                name = f"{dtype}{'' if out == dtype else f'_{out}'}{size}{'_softcap' if softcap else ''}"
                 constexprs = {"SOFTCAP": softcap, **tiling}
-                common = {"p_logits": logits, "p_target": "*i64:16", "p_peak": row, "p_log_sum": row, "p_entropy": row}
+                common = {"p_logits": f"*{dtype}:16", "p_target": "*i64:16"}
+                common |= dict.fromkeys(("p_peak", "p_log_sum", "p_entropy"), row)
                 common |= {"stride": "i32", "V": "i32", "input_scale": number, "ceiling": number}
-                specs.append(
-                    KernelSpec(
-                        name=f"token_logprob_forward_{name}",
-                        kernel=token_logprob_forward,
-                        signature={**common, "p_logprob": row},
-                        constexprs=constexprs,
-                        num_warps=warps,
-                        wide=tiling["UNIT"] > 1,
+                if out == dtype:
+                    specs.append(
+                        KernelSpec(
+                            name=f"token_logprob_forward_{name}",
+                            kernel=token_logprob_forward,
+                            signature={**common, "p_logprob": row},
+                            constexprs=constexprs,
+                            num_warps=warps,
+                            wide=tiling["UNIT"] > 1,
+                        )
                     )
-                )
                 for entropy in (False, True):
-                    signature = {**common, "p_d_logprob": row, "p_d_logits": logits, "slope": number}
+                    signature = {**common, "p_d_logprob": row, "p_d_logits": f"*{out}:16"}
+                    signature |= {"out_stride": "i32", "slope": number}
                     specs.append(
                         KernelSpec(
                             name=f"token_logprob_backward_{name}{'_entropy' if entropy else ''}",

@@ -1,0 +1,1 @@
+"""The LM head's GEMM with the exponential in its epilogue: logits never leave registers."""

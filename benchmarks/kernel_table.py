@@ -15,12 +15,14 @@ import contextlib
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -137,25 +139,36 @@ def _disassemble(cubin: bytes) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def tabulate(modules: Sequence[str], archs: Sequence[str]) -> tuple[list[Row], list[str]]:
-    """The rows of the table, and what is wrong."""
-    rows, faults = [], []
+def tabulate(modules: Sequence[str], archs: Sequence[str], jobs: int = 1) -> tuple[list[Row], list[str]]:
+    """The rows of the table, and what is wrong. jobs: processes that compile."""
+    work, faults = [], []
     for module in modules:
         specs = getattr(importlib.import_module(module), "KERNELS", ())
         if not specs:
             faults.append(f"{module}: no KERNELS")
-        for spec in specs:
-            for arch in archs:
-                if spec.archs is not None and arch not in spec.archs:
-                    continue
-                try:
-                    row = inspect(spec, arch)
-                except Exception as error:  # one kernel that does not compile must not hide the others
-                    faults.append(f"{spec.name} {arch}: {type(error).__name__}: {error}")
-                    continue
-                rows.append(row)
-                faults += [f"{spec.name} {arch}: {fault}" for fault in row.faults(spec)]
+        for i, spec in enumerate(specs):
+            work += [(module, i, arch) for arch in archs if spec.archs is None or arch in spec.archs]
+    rows = []
+    for row, found in map(_one, work) if jobs == 1 else _in_processes(work, jobs):
+        rows += [] if row is None else [row]
+        faults += found
     return rows, faults
+
+
+def _in_processes(work: Sequence[tuple[str, int, str]], jobs: int) -> Iterator[tuple[Row | None, list[str]]]:
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_one, work)
+
+
+def _one(item: tuple[str, int, str]) -> tuple[Row | None, list[str]]:
+    """The row of a module's i-th kernel on an architecture, and its faults."""
+    module, i, arch = item
+    spec = importlib.import_module(module).KERNELS[i]
+    try:
+        row = inspect(spec, arch)
+    except Exception as error:  # one kernel that does not compile must not hide the others
+        return None, [f"{spec.name} {arch}: {type(error).__name__}: {error}"]
+    return row, [f"{spec.name} {arch}: {fault}" for fault in row.faults(spec)]
 
 
 def as_text(rows: Sequence[Row]) -> str:
@@ -176,11 +189,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("modules", nargs="*", metavar="MODULE", help="dotted names; default: all of fastgrpo_kernels")
     parser.add_argument("--arch", nargs="+", choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows here, too")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: one a core")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
     modules = args.modules or kernel_modules()
-    rows, faults = tabulate(modules, args.arch)
+    rows, faults = tabulate(modules, args.arch, args.jobs)
     if not modules:
         faults.append("no kernel.py in fastgrpo_kernels")
     print(as_text(rows))

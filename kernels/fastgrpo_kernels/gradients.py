@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 
+PART = 1 << 22
+"""Elements that are scaled at a time on the CPU, which casts a result in a copy of its size."""
+
+
 def scale_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """`gradient * upstream` (0-d) in `dtype`, a new tensor."""
     return _scale_gradient(gradient, _tracked(upstream), dtype)
@@ -30,7 +34,11 @@ def _tracked(upstream: Tensor) -> Tensor:
 
 @torch.library.custom_op("fastgrpo::scale_gradient", mutates_args=())
 def _scale_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
+    scaled = torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
+    size = max(1, gradient.numel()) if gradient.is_cuda else PART
+    for part, out in zip(gradient.contiguous().view(-1).split(size), scaled.view(-1).split(size), strict=True):
+        torch.mul(part, upstream, out=out)
+    return scaled
 
 
 @torch.library.custom_op("fastgrpo::scale_rows_of_gradient", mutates_args=())

@@ -339,7 +339,7 @@ def test_every_config_is_chosen_and_listed() -> None:
     for capability, arch in (((8, 0), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), (None, "gfx942")):
         flags = product((1, 128, 300, 16384), (64, 4096), *[(False, True)] * 4)
         for rows, d, bias, softcap, low_rank, flagged in flags:
-            config = config_for(capability, rows, d, bias=bias, softcap=softcap, low_rank=low_rank, flagged=flagged)
+            config = config_for(capability, rows, d, bias=bias, softcap=softcap, flagged=flagged)
             chosen.add(config)
             found = [
                 spec

@@ -61,6 +61,7 @@ def problem_of(
         reach=reach,
         on_device=operands.on_device,
         tensor_copies=operands.on_device and _tensor_copies(operands),
+        thin=not needs[1],
     )
 
 

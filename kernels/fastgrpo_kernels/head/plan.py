@@ -61,7 +61,7 @@ class HeadProblem:
 
     dtype: of the GEMMs' operands. trainable: a sum over rows (weight, bias) wants a gradient; differentiable: anything
     does. reach: what a row's coefficients depend on, `unknown` when they come later, from outside. tensor_copies: the
-    GPU and the shapes suit the epilogue's kernel.
+    GPU and the shapes suit the epilogue's kernel. thin: what is trainable costs no GEMM of [N, D, V]: a bias or LoRA.
     """
 
     num_rows: int
@@ -74,6 +74,7 @@ class HeadProblem:
     reach: Reach
     on_device: bool
     tensor_copies: bool
+    thin: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def plan_head(
         windows=windows,
         chunk_rows=max(width, min(rows, problem.num_rows)),
         logit_rows=logit_rows,
-        gemms=1 + problem.differentiable + problem.trainable + (chosen == "recomputed"),
+        gemms=1 + problem.differentiable + (problem.trainable and not problem.thin) + (chosen == "recomputed"),
         reason=f"{method}: {why}; {chosen}: {because}",
     )
     _LOG.debug("N=%d V=%d: %s", problem.num_rows, problem.vocab_size, plan)

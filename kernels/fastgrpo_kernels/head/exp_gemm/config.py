@@ -57,20 +57,19 @@ def config_for(
     *,
     bias: bool = False,
     softcap: bool = False,
-    low_rank: bool = False,
     flagged: bool = False,
 ) -> TileConfig:
     """The tiles for a device's compute capability, None for AMD. An estimate: no GPU has timed the choice.
 
     WIDE moves the fewest bytes from L2 for its arithmetic, what limits these GEMMs on sm_90; TWIN's two programs an SM
-    hide one's epilogue behind the other's products, which pays where rows are short or few. With a bias, or a softcap
-    and a low rank, both spill registers. sm_8x and sm_12x have too little shared memory, or no TMA, for these.
+    hide one's epilogue behind the other's products, which pays where rows are short or few. With a bias or a
+    softcap both spill registers in some variants. sm_8x and sm_12x have too little shared memory, or no TMA, for these.
     """
     if capability is None:
         return POINTERS_AMD
     if capability[0] not in (9, 10):
         return POINTERS
-    if bias or flagged or (softcap and low_rank):
+    if bias or softcap or flagged:
         return NARROW
     return WIDE if num_rows > TWIN.BM and hidden_size >= 512 else TWIN
 

@@ -172,8 +172,8 @@ def exp_gemm(
     if (_capability(device) or (0, 0))[0] == 10 and None not in (bias, ceiling, out):
         raise ValueError("bias: not with a softcap on sm_100, where triton 3.9 cannot compile it")
     if config is None:
-        present = {"bias": bias is not None, "softcap": ceiling is not None, "low_rank": low_rank is not None}
-        config = config_for(_capability(device), C, D, flagged=flagged, **present)
+        needs = {"bias": bias is not None, "softcap": ceiling is not None, "flagged": flagged}
+        config = config_for(_capability(device), C, D, **needs)
     u, b = low_rank or (None, None)
     if not config.TMA and u is not None and b is not None:
         u, b = u.contiguous(), b.contiguous()
@@ -262,21 +262,20 @@ def _spec(
 
 def _specs() -> Iterator[KernelSpec]:
     """Each option alone and all at once; those between need no more registers than all. fp16 is as bf16."""
+    everything = {"softcap": True, "edge": True, "bias": True, "low_rank": True}
     for config in CONFIGS:
         plain = config is WIDE or config is TWIN  # see `config_for`
-        everything = {"softcap": True, "edge": True, "bias": True, "low_rank": True}
         for out in (True, False):
             if config is not NARROW:
                 yield _spec(config, out=out)
                 yield _spec(config, edge=True, out=out)
-                yield _spec(config, softcap=True, out=out)
-            if plain:
-                yield _spec(config, edge=True, softcap=True, out=out)
                 yield _spec(config, edge=True, low_rank=True, out=out)
+            if plain:
                 continue
-            yield _spec(config, **everything, out=out)
             yield _spec(config, bias=True, out=out)
-            yield _spec(config, softcap=True, low_rank=True, out=out)
+            yield _spec(config, softcap=True, out=out)
+            yield _spec(config, softcap=True, edge=True, low_rank=True, out=out)
+            yield _spec(config, **everything, out=out)
             for options in ({}, everything):
                 yield _spec(config, **options, out=out, flagged=True)
                 if not out:

@@ -141,28 +141,33 @@ def _disassemble(cubin: bytes) -> str:
 
 def tabulate(modules: Sequence[str], archs: Sequence[str], jobs: int = 1) -> tuple[list[Row], list[str]]:
     """The rows of the table, and what is wrong. jobs: processes that compile."""
-    work, faults = [], []
+    work: list[_Work] = []
     for module in modules:
         specs = getattr(importlib.import_module(module), "KERNELS", ())
         if not specs:
-            faults.append(f"{module}: no KERNELS")
+            work.append((module, None, ""))
         for i, spec in enumerate(specs):
             work += [(module, i, arch) for arch in archs if spec.archs is None or arch in spec.archs]
-    rows = []
+    rows, faults = [], []
     for row, found in map(_one, work) if jobs == 1 else _in_processes(work, jobs):
         rows += [] if row is None else [row]
         faults += found
     return rows, faults
 
 
-def _in_processes(work: Sequence[tuple[str, int, str]], jobs: int) -> Iterator[tuple[Row | None, list[str]]]:
+_Work = tuple[str, int | None, str]  # a module, which of its kernels (None: it has none), an architecture
+
+
+def _in_processes(work: Sequence[_Work], jobs: int) -> Iterator[tuple[Row | None, list[str]]]:
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(_one, work)
 
 
-def _one(item: tuple[str, int, str]) -> tuple[Row | None, list[str]]:
+def _one(item: _Work) -> tuple[Row | None, list[str]]:
     """The row of a module's i-th kernel on an architecture, and its faults."""
     module, i, arch = item
+    if i is None:
+        return None, [f"{module}: no KERNELS"]
     spec = importlib.import_module(module).KERNELS[i]
     try:
         row = inspect(spec, arch)

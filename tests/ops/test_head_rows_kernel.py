@@ -175,7 +175,7 @@ def test_the_largest_vocabulary() -> None:
 
 @pytest.mark.parametrize("ceiling", [None, 300.0])
 @pytest.mark.parametrize("gather", [False, True])
-@pytest.mark.parametrize("off", [60.0, -60.0, 100.0, -100.0, 1000.0, -1000.0, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("off", [40.0, -40.0, 100.0, -100.0, 1000.0, -1000.0, math.nan, math.inf, -math.inf])
 def test_a_shift_far_off_is_found_and_mended(off: float, gather: bool, ceiling: float | None) -> None:
     logits, target = make(3, 4109)
     scale = 1.0 if ceiling is None else 1 / ceiling
@@ -184,7 +184,7 @@ def test_a_shift_far_off_is_found_and_mended(off: float, gather: bool, ceiling: 
     z_y = None if gather else want["z_y"].float()
     got = read(logits, target, shift, z_y, scale=scale, ceiling=ceiling)
     check(got, want)
-    if abs(off) == 60:
+    if abs(off) == 40:
         assert torch.equal(got["c"], shift)
     else:
         mended = want["z"].amax(-1) if math.isfinite(off) else want["z_y"]

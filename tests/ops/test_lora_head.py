@@ -137,7 +137,7 @@ def test_loss_is_the_merged_weights(
 
 
 def test_the_schedules_are_those_meant() -> None:
-    """Without a gradient for B, dL/d(hidden A^T) is a row's own, and a frozen head takes 2 GEMMs."""
+    """Without a gradient for B, dL/d(hidden A^T) is a row's own, and a frozen head takes 2 GEMMs; the gradient of B is thin."""
     problem = Problem(3)
     seen = []
     for wanted, options in (
@@ -150,7 +150,7 @@ def test_the_schedules_are_those_meant() -> None:
         with watch_plans() as plans:
             our_loss(problem, problem.leaves(wanted), SEQUENCE, options)
         seen += [(plan.schedule, plan.gemms) for plan in plans]
-    assert seen == [("fused", 3), ("recomputed", 4), ("per_row", 2), ("per_row", 2), ("forward", 1)]
+    assert seen == [("fused", 3), ("recomputed", 3), ("per_row", 2), ("per_row", 2), ("forward", 1)]
 
 
 def test_per_row_logprob() -> None:

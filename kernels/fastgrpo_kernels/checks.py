@@ -6,6 +6,7 @@ Public functions look at what the host knows, which torch.compile can trace; val
 from __future__ import annotations
 
 import math
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+INT_LIMIT = 1 << 63
+"""Python's integers know no limit; those of an op do."""
 
 
 def check_tensor(
@@ -44,11 +48,31 @@ def check_number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
 ) -> None:
     """Raise ValueError unless `value` is a finite number in [low, high], or (low, high] with `open_low`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not low <= value <= high or (open_low and value == low):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # Not math.isfinite, which fails on integers that no float can hold.
+    finite = number and -sys.float_info.max <= value <= sys.float_info.max
+    if not finite or not low <= value <= high or (open_low and value == low):
         left = "" if low == -math.inf else f" {'>' if open_low else '>='} {low:g}"
         right = "" if high == math.inf else f"{' and' if left else ''} <= {high:g}"
         raise ValueError(f"{name}: expected a finite number{left}{right}, got {value!r}")
+
+
+def check_int(name: str, value: Any, low: int) -> None:
+    """Raise ValueError unless `value` is an int in [low, 2^63), or None."""
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < INT_LIMIT:
+        raise ValueError(f"{name}: expected an int >= {low} or None{_limit(value)}, got {value!r}")
+
+
+def _limit(value: Any) -> str:
+    return " below 2^63" if isinstance(value, int) and value >= INT_LIMIT else ""
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 PART = 1 << 22
 """Elements that are scaled at a time on the CPU, which casts a result in a copy of its size."""
 

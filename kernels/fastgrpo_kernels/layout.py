@@ -7,7 +7,8 @@ over the layout is an op of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class PackedLayout:
         device: torch.device | str | None = None,
     ) -> None:
         self.prompt_lengths = _lengths("prompt_lengths", prompt_lengths, minimum=1)
+        _check_list("completion_lengths", completion_lengths, "lists of ints")
         self.completion_lengths = tuple(
             _lengths(f"completion_lengths[{i}]", lengths, minimum=0) for i, lengths in enumerate(completion_lengths)
         )
@@ -52,6 +54,14 @@ class PackedLayout:
         if self.num_tokens >= 2**31:
             raise ValueError(f"PackedLayout: expected fewer than 2^31 tokens, got {self.num_tokens}")
 
+        with torch.device("cpu"):  # whatever the default: sizes are read here
+            positions, predictor, boundaries = self._tensors(lengths)
+        self.position_ids: Tensor = positions.to(device)
+        self.predictor_index: Tensor = predictor.to(device)
+        self.cu_seqlens: Tensor = boundaries.to(device)
+
+    def _tensors(self, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """position_ids, predictor_index and cu_seqlens, from the completions' lengths in order."""
         completion_length = torch.tensor(lengths, dtype=torch.int64)
         prompt_length = torch.tensor(self.prompt_lengths, dtype=torch.int64)
         group_size = torch.tensor([len(group) for group in self.completion_lengths], dtype=torch.int64)
@@ -64,16 +74,19 @@ class PackedLayout:
         predictor[_starts(completion_length)[starts]] = owner_last_row[starts]
         positions = torch.cat([_offsets(prompt_length), offset + owner_length.repeat_interleave(completion_length)])
         boundaries = torch.cat([torch.zeros(1, dtype=torch.int64), completion_length.cumsum(0)])
-
-        self.position_ids: Tensor = positions.to(device)
-        self.predictor_index: Tensor = predictor.to(device)
-        self.cu_seqlens: Tensor = boundaries.int().to(device)
+        return positions, predictor, boundaries.int()
 
     def __repr__(self) -> str:
         return f"PackedLayout({list(self.prompt_lengths)}, {[list(group) for group in self.completion_lengths]})"
 
 
+def _check_list(name: str, value: Any, of: str) -> None:
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected a list of {of}, got {type(value).__name__}")
+
+
 def _lengths(name: str, lengths: Sequence[int], minimum: int) -> tuple[int, ...]:
+    _check_list(name, lengths, "ints")
     for i, length in enumerate(lengths):
         if not isinstance(length, int) or isinstance(length, bool):
             raise TypeError(f"{name}[{i}]: expected an int, got {type(length).__name__}")

@@ -19,7 +19,7 @@ BLOCK_ELEMENTS = 1 << 19
 """Elements of a row block: 2 MiB in fp32; two such scratch blocks are the passes' own memory."""
 
 LOG_ZERO = -1e4
-"""A log-probability whose exponential is 0 in every dtype, for tokens that -inf logits rule out: 0 * -inf is NaN."""
+"""A log of which the exponential is 0 in every dtype, for tokens that -inf logits rule out: 0 * -inf is NaN."""
 
 
 @dataclass(frozen=True)
@@ -62,27 +62,30 @@ def row_blocks(num_rows: int, vocab_size: int) -> list[slice]:
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
-def logit_statistics(x: Tensor, target: Tensor, head: LogitHead) -> tuple[Tensor, Tensor, Tensor]:
-    """[C, V] scaled input, [C] targets -> log-prob of the target, entropy, log-sum-exp, each [C]; `x` stays."""
+def logit_statistics(x: Tensor, target: Tensor, head: LogitHead) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[C, V] scaled input, [C] targets -> log-prob of the target, entropy, peak, log of the sum, each [C]; `x` stays.
+
+    `peak` is the largest logit, the sum that of exp(z - peak). Their sum, the log-sum-exp, would round away what the
+    gradient needs where logits are large.
+    """
     blocks = row_blocks(*x.shape)
-    logprob, entropy, logsumexp = (x.new_empty(x.shape[0], 1) for _ in range(3))
+    logprob, entropy, peaks, log_sum = (x.new_empty(x.shape[0], 1) for _ in range(4))
     scratch = x.new_empty(2, blocks[0].stop if blocks else 0, x.shape[1])
     for rows in blocks:
         shifted, exponential = scratch[:, : rows.stop - rows.start]
         z = x[rows]
         if head.softcap is not None:
             z = torch.tanh(z, out=exponential).mul_(head.ceiling)
-        peak = z.amax(-1, keepdim=True)
+        peak = torch.amax(z, -1, keepdim=True, out=peaks[rows])
         torch.sub(z, peak, out=shifted)
         at_target = shifted.gather(-1, target[rows, None])
         torch.exp(shifted, out=exponential)
         total = exponential.sum(-1, keepdim=True)
-        log_total = total.log()
+        log_total = torch.log(total, out=log_sum[rows])
         expected = _expectation(exponential, shifted) / total
         torch.sub(at_target, log_total, out=logprob[rows])
         torch.sub(log_total, expected, out=entropy[rows])
-        torch.add(log_total, peak, out=logsumexp[rows])
-    return logprob[:, 0], entropy[:, 0], logsumexp[:, 0]
+    return logprob[:, 0], entropy[:, 0], peaks[:, 0], log_sum[:, 0]
 
 
 def _expectation(weights: Tensor, values: Tensor) -> Tensor:
@@ -97,7 +100,8 @@ def _expectation(weights: Tensor, values: Tensor) -> Tensor:
 def logit_gradient_(
     x: Tensor,
     target: Tensor,
-    logsumexp: Tensor,
+    peak: Tensor,
+    log_sum: Tensor,
     entropy: Tensor,
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
@@ -106,7 +110,8 @@ def logit_gradient_(
     """Overwrite the [C, V] scaled input with `dL/dz * (1 - tanh(x)^2)` (no second factor without a softcap).
 
     `dlogp/dz_j = [j = y] - p_j` and `dH/dz_j = -p_j (log p_j + H)`. grad_logprob is [C]; grad_entropy [C], or None when
-    the loss does not look at the entropy. The rest of the chain, `head.slope`, is the caller's.
+    the loss does not look at the entropy; peak, log_sum, entropy are `logit_statistics`'s. The rest of the chain,
+    `head.slope`, is the caller's.
     """
     blocks = row_blocks(*x.shape)
     two = head.softcap is not None or grad_entropy is not None
@@ -116,14 +121,15 @@ def logit_gradient_(
         if head.softcap is not None:
             tanh = torch.tanh(z, out=scratch[0, :size])
             torch.mul(tanh, head.ceiling, out=z)
-        z.sub_(logsumexp[rows, None])
-        upstream = grad_logprob[rows, None]
+        z.sub_(peak[rows, None])
+        upstream, log_total = grad_logprob[rows, None], log_sum[rows, None]
+        over_total = log_total.neg().exp_()
         if grad_entropy is None:
-            z.exp_().mul_(-upstream)
+            z.exp_().mul_(-upstream * over_total)
         else:
             slope = grad_entropy[rows, None]
-            factor = torch.mul(z.clamp_(min=LOG_ZERO), -slope, out=scratch[1, :size])
-            factor.sub_(upstream + slope * entropy[rows, None])
+            factor = torch.mul(z.clamp_(min=LOG_ZERO), -slope * over_total, out=scratch[1, :size])
+            factor.sub_((upstream + slope * (entropy[rows, None] - log_total)) * over_total)
             z.exp_().mul_(factor)
         index = target[rows, None]
         z.scatter_(-1, index, z.gather(-1, index) + upstream)

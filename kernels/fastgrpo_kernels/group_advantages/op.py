@@ -15,7 +15,7 @@ BASELINES = ("mean", "leave_one_out", "none")
 SCALES = ("group", "batch", "none")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors do not compare as one value
 class GroupRewards:
     """Rewards to be normalised inside a loss op, in place of advantages; the fields are `group_advantages`'s.
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_cu_seqlens, check_cu_seqlens_values, check_tensor
+from ..checks import INT_LIMIT, check_cu_seqlens, check_cu_seqlens_values, check_tensor
 from ..group_advantages.op import GroupRewards, check_group_rewards, group_advantages
 from ..segments import segment_ids
 from .config import LossConfig
@@ -54,11 +54,11 @@ class LossArguments:
         if self.mask is not None:
             check_tensor("mask", self.mask, (num_rows,), "[N]", torch.bool, device)
         if self.entropy_threshold is not None:
-            _check_scalar("entropy_threshold", self.entropy_threshold, float)
+            _check_scalar("entropy_threshold", self.entropy_threshold, float, device)
         if self.num_sequences is not None:
-            _check_scalar("num_sequences", self.num_sequences, int)
+            _check_scalar("num_sequences", self.num_sequences, int, device)
         if self.num_tokens is not None:
-            _check_scalar("num_tokens", self.num_tokens, int)
+            _check_scalar("num_tokens", self.num_tokens, int, device)
         self._check_needs()
 
     def _check_advantage(self, num_rows: int, device: torch.device) -> None:
@@ -163,8 +163,15 @@ class LossOperands:
         return self.entropy_threshold is None and self.config.top_entropy_quantile < 1
 
     def check_values(self, num_rows: int) -> None:
-        """On the CPU, where looking costs nothing: `cu_seqlens` rises from 0 to N = num_rows."""
+        """On the CPU, where looking costs nothing: boundaries that rise from 0 to N = num_rows, counts, a threshold."""
         check_cu_seqlens_values(self.cu_seqlens, num_rows)
+        if self.cu_seqlens.device.type != "cpu":
+            return
+        for name, value in (("num_sequences", self.num_sequences), ("num_tokens", self.num_tokens)):
+            if value is not None and not value.item() >= 0:
+                raise ValueError(f"{name}: expected an int >= 0 or a 0-d tensor, got one of {value.item():g}")
+        if self.entropy_threshold is not None and self.entropy_threshold.isnan():
+            raise ValueError("entropy_threshold: expected a number or a 0-d tensor, got one of nan")
 
     def trained(self, num_rows: int) -> Tensor | None:
         """[N] bool, rows that train: the mask's, less those of failed samples; None = all."""
@@ -240,13 +247,23 @@ def _detached(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
 
 
-def _check_scalar(name: str, value: Any, kind: type[int] | type[float]) -> None:
-    """Raise unless `value` is a 0-d tensor or a number of the kind; int means a count >= 0."""
+def _check_scalar(name: str, value: Any, kind: type[int] | type[float], device: torch.device) -> None:
+    """Raise unless `value` is a 0-d tensor of numbers or a number of the kind; int means a count >= 0.
+
+    A tensor may be on another device than the op's, `device`, unless it has no value there.
+    """
     expected = "an int >= 0" if kind is int else "a number"
     if isinstance(value, Tensor):
         if value.ndim != 0:
             raise ValueError(f"{name}: expected {expected} or a 0-d tensor, got shape {list(value.shape)}")
+        if value.dtype == torch.bool or value.is_complex():
+            kind_of = str(value.dtype).removeprefix("torch.")
+            raise TypeError(f"{name}: expected {expected} or a 0-d tensor of numbers, got dtype {kind_of}")
+        if value.is_meta and device.type != "meta":
+            raise ValueError(f"{name}: expected a tensor on {device}, got one on meta")
     elif isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         raise TypeError(f"{name}: expected {expected} or a 0-d tensor, got {type(value).__name__}")
     elif value != value or (kind is int and value < 0):
         raise ValueError(f"{name}: expected {expected} or a 0-d tensor, got {value!r}")
+    elif isinstance(value, int) and not -INT_LIMIT <= value < INT_LIMIT:
+        raise ValueError(f"{name}: expected {expected} within 64 bits or a 0-d tensor, got {value!r}")

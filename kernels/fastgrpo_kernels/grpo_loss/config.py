@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
-from ..checks import check_choice, check_number
+from ..checks import check_bool, check_choice, check_int, check_number
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 """Loss types whose per-token term is the clipped surrogate."""
@@ -70,8 +70,7 @@ class LossConfig:
         check_choice("importance_sampling_level", self.importance_sampling_level, LEVELS)
         check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         check_choice("sampling_correction", self.sampling_correction, SAMPLING_CORRECTIONS)
-        if not isinstance(self.kl_bias_correction, bool):
-            raise ValueError(f"kl_bias_correction: expected True or False, got {self.kl_bias_correction!r}")
+        check_bool("kl_bias_correction", self.kl_bias_correction)
         for name in ("epsilon", "beta", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"):
             check_number(name, getattr(self, name), 0)
         for name in ("sampling_clip_max", "sapo_temperature_pos", "sapo_temperature_neg"):
@@ -86,9 +85,7 @@ class LossConfig:
             check_number("off_policy_mask_threshold", self.off_policy_mask_threshold)
         if self.sampling_clip_min is not None:
             check_number("sampling_clip_min", self.sampling_clip_min, 0, self.sampling_clip_max)
-        length = self.max_completion_length
-        if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
-            raise ValueError(f"max_completion_length: expected an int >= 1 or None, got {length!r}")
+        check_int("max_completion_length", self.max_completion_length, 1)
         self._check_combinations()
         # Made here and not when asked for, because torch.compile reads an attribute but does not trace json.
         object.__setattr__(self, "encoded", json.dumps(asdict(self)))

@@ -185,7 +185,7 @@ def coefficients_kernel(
     tl.store(p_line, combine(i_column, before, line), mask=i_column < COLUMNS)
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences"], do_not_specialize_on_alignment=["p_result"])
 def finish_kernel(p_table, p_result, num_sequences, BLOCK: tl.constexpr):
     """[S, COLUMNS] -> [COLUMNS] float64. Grid: (1,)."""
     i_column = tl.arange(0, LINE)[None, :]
@@ -304,10 +304,11 @@ class DeviceCoefficients:
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """The loss, 0-d float64, and [len(METRICS)] float64 in the order of `METRICS`, once every row was seen."""
+        # From the second element on, so that the metrics begin at 16 bytes: compiled code asserts that outputs do.
+        result = self._empty.new_empty(1 + COLUMNS.value)[1:]
         if len(self._table) == 0:
-            result = self._empty[0].clone()
+            result.copy_(self._empty[0])
         else:
-            result = self._empty.new_empty(COLUMNS.value)
             with torch.cuda.device_of(result):
                 finish_kernel[(1,)](self._table, result, self._num_sequences, FINISH_BLOCK, num_warps=NUM_WARPS)
         return result[0], result[1:]
@@ -361,7 +362,7 @@ KERNELS = [
     KernelSpec(
         name="coefficients_finish",
         kernel=finish_kernel,
-        signature={"p_table": "*fp64:16", "p_result": "*fp64:16", "num_sequences": "i32"},
+        signature={"p_table": "*fp64:16", "p_result": "*fp64", "num_sequences": "i32"},
         constexprs={"BLOCK": FINISH_BLOCK},
         num_warps=NUM_WARPS,
     ),

@@ -40,7 +40,7 @@ def as_metrics(vector: Tensor, *, entropy: bool, ref: bool, sampling: bool) -> M
     return {name: value for name, value in values if not name.startswith(tuple(absent))}
 
 
-@dataclass
+@dataclass(eq=False)  # tensors do not compare as one value
 class LossOutput:
     """What a loss op returns.
 

@@ -92,7 +92,8 @@ def entropy_quantile(entropy: Tensor, trained: Tensor, q: float) -> Tensor:
     position = q * last.double()
     below = position.floor().long()
     around = ordered.gather(0, torch.stack([below, torch.minimum(below + 1, last)]))
-    return torch.lerp(around[0], around[1], (position - below).to(ordered.dtype))
+    between = torch.lerp(around[0], around[1], (position - below).to(ordered.dtype))
+    return torch.where(trained.any(), between, infinity[0])  # between two infinities is NaN
 
 
 def by_sign(positive: Tensor, if_positive: float, otherwise: float, like: Tensor) -> Tensor:

@@ -34,19 +34,19 @@ class TorchHead:
         self.logprob, self.entropy = (new(self._target.numel(), dtype=self._dtype) for _ in range(2))
         rows = max((window.stop - window.start for window in plan.windows), default=0)
         self._buffer = new(rows, operands.weight.shape[0], dtype=self._dtype)
-        self._x = self._logsumexp = self._buffer[:0]
+        self._x = self._peak = self._log_sum = self._buffer[:0]
         self._gradients = [x.zero_() for x in operands.new_gradients(needs)]
         self._needs = needs
 
     def forward(self, rows: slice, *, keep: bool) -> None:
         self._x = self._logits(self._selected(rows))
         statistics = logit_statistics(self._x, self._target[rows], self._form)
-        self.logprob[rows], self.entropy[rows], self._logsumexp = statistics
+        self.logprob[rows], self.entropy[rows], self._peak, self._log_sum = statistics
 
     def backward(self, rows: slice, grad_logprob: Tensor, grad_entropy: Tensor | None) -> None:
         slope = None if grad_entropy is None else grad_entropy[rows]
         target, entropy = self._target[rows], self.entropy[rows]
-        logit_gradient_(self._x, target, self._logsumexp, entropy, grad_logprob[rows], slope, self._form)
+        logit_gradient_(self._x, target, self._peak, self._log_sum, entropy, grad_logprob[rows], slope, self._form)
         self._accumulate(self._selected(rows), self._x)
 
     def gradients(self) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backend import use_triton
-from ..checks import check_choice, check_number, check_target, check_tensor, compute_dtype
+from ..checks import check_bool, check_choice, check_int, check_number, check_target, check_tensor, compute_dtype
 from ..vocabulary import LogitHead
 
 Schedule = Literal["epilogue", "single_read", "two_read", "recomputed"]
@@ -20,7 +20,7 @@ Guess = tuple[Tensor | None, Tensor | None]
 """Log-probs [n] that the rows' may be close to, the best first."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors do not compare as one value
 class LoRADelta:
     """A low-rank change of the LM head: `hidden @ weight.T + scale * (hidden @ a.T) @ b.T`, never formed densely.
 
@@ -51,8 +51,9 @@ class HeadArguments:
     def check(self) -> None:
         """Raise TypeError or ValueError, naming the argument, before any work; looks at no values of tensors."""
         hidden, weight = self.hidden, self.weight
+        for name, x in (("hidden", hidden), ("weight", weight), ("bias", self.bias)):
+            _check_whole(name, x)
         check_tensor("hidden", hidden, (None, None), "[N, D]")
-        _check_whole("weight", weight)
         check_tensor("weight", weight, (None, hidden.shape[1]), "[V, D]", device=hidden.device)
         vocab_size = weight.shape[0]
         if vocab_size == 0:
@@ -63,17 +64,17 @@ class HeadArguments:
         LogitHead(self.logit_scale, self.softcap, self.temperature)
         if self.lora is not None:
             self._check_lora(self.lora)
-        size = self.chunk_size
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise ValueError(f"chunk_size: expected an int >= 1 or None, got {size!r}")
+        check_int("chunk_size", self.chunk_size, 1)
         if self.schedule is not None:
             check_choice("schedule", self.schedule, SCHEDULES)
+        check_bool("into_main_grad", self.into_main_grad)
         if self.into_main_grad:
             self._check_main_grad()
 
     def _check_lora(self, lora: LoRADelta) -> None:
         if not isinstance(lora, LoRADelta):
             raise TypeError(f"lora: expected a LoRADelta, got {type(lora).__name__}")
+        _check_whole("lora.a", lora.a)
         _check_whole("lora.b", lora.b)
         check_tensor("lora.a", lora.a, (None, self.hidden.shape[1]), "[r, D]", device=self.hidden.device)
         shape = (self.weight.shape[0], lora.a.shape[0])
@@ -192,7 +193,7 @@ class HeadOperands:
 
 
 def _check_whole(name: str, tensor: Any) -> None:
-    """Raise for a weight of which this process holds a part only."""
+    """Raise for a tensor of which this process holds a part only."""
     kind = type(tensor).__name__
     if kind == "DTensor" or hasattr(tensor, "device_mesh"):
         raise TypeError(f"{name}: expected a plain tensor, got a DTensor; gather it first, as with `full_tensor()`")

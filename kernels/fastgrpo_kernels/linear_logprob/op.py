@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_target_values
+from ..checks import check_bool, check_target_values
 from ..gradients import into_main_grad as add_to_main_grad
 from ..gradients import live_rows, scale_rows_of_gradient
 from ..head.engine import make_head, problem_of
@@ -51,6 +51,7 @@ def linear_logprob(
         hidden, weight, target, bias, logit_scale, softcap, temperature, lora, chunk_size, schedule, into_main_grad
     )
     arguments.check()
+    check_bool("entropy_gradient", entropy_gradient)
     operands = arguments.operands()
     logprob, entropy, *_ = _linear_logprob(*operands, needs_gradient(operands), entropy_gradient, arguments.main_grad())
     return logprob, entropy

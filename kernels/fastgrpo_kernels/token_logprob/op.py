@@ -47,11 +47,11 @@ def _token_logprob(
 
         return kernel.forward(logits, target, head)
     dtype = compute_dtype(logits)
-    logprob, entropy, logsumexp = (logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(3))
+    logprob, entropy, peak, log_sum = (logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(4))
     for rows in row_blocks(*logits.shape):
         x = logits[rows].to(dtype) * head.input_scale
-        logprob[rows], entropy[rows], logsumexp[rows] = logit_statistics(x, target[rows], head)
-    return logprob, entropy, logsumexp, torch.zeros_like(logsumexp)
+        logprob[rows], entropy[rows], peak[rows], log_sum[rows] = logit_statistics(x, target[rows], head)
+    return logprob, entropy, peak, log_sum
 
 
 @_token_logprob.register_fake
@@ -80,12 +80,12 @@ def _token_logprob_backward(
 
         return kernel.backward(logits, target, peak, log_sum, entropy, grad_logprob, grad_entropy, head)
     grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-    live, logsumexp = live_rows(grad_logprob, grad_entropy), peak + log_sum
+    live = live_rows(grad_logprob, grad_entropy)
     for block in row_blocks(live.numel(), logits.shape[1]):
         rows = live[block]
         x = logits[rows].to(entropy.dtype) * head.input_scale
         slope = None if grad_entropy is None else grad_entropy[rows]
-        logit_gradient_(x, target[rows], logsumexp[rows], entropy[rows], grad_logprob[rows], slope, head)
+        logit_gradient_(x, target[rows], peak[rows], log_sum[rows], entropy[rows], grad_logprob[rows], slope, head)
         grad[rows] = x.mul_(head.slope).to(grad.dtype)
     return grad
 

@@ -145,8 +145,9 @@ def store_tile(
                 p_part = out + o_row[:, None].to(tl.int64) * stride_out + o_col[None, :]
                 tl.store(p_part, e, mask=live[:, None] & (o_col < V)[None, :])
     moment *= LN2
-    # What shift2 lost to rounding would be an error of log S, 2e-6 for a shift of 40. E in bf16 can bear it.
+    # What shift2 lost to rounding would be an error of log S, 2e-6 for a shift of 40. E in bf16 can bear it. A product,
+    # because `s - lost * s` would be NaN for an infinite S where nothing was lost, and NaN rows are not rescued.
     lost = tl.fma(shift, LOG2E, -shift2) * LN2
     o_sum = tl.cast(o_n // BN, tl.int64) * C + o_row
-    tl.store(p_sums + o_sum, s - lost * s, mask=live)
+    tl.store(p_sums + o_sum, s * (1.0 - lost), mask=live)
     tl.store(p_moments + o_sum, moment - lost * (moment + s), mask=live)

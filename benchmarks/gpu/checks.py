@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -14,6 +15,9 @@ import torch
 from benchmarks.gpu.bench import Bench
 
 ROOT = Path(__file__).parents[2]
+SHARDS = 8
+"""Processes that run tests at a time. They share the GPU: the largest test takes some 20 GB."""
+GPU_TESTS = ("tests/ops/test_gpu_ops.py", "tests/ops/test_gpu_head.py", "tests/ops/test_fuzz.py")
 PACKAGES = ("torch", "triton", "transformers", "numpy", "trl", "liger-kernel", "cut-cross-entropy")
 
 
@@ -42,22 +46,48 @@ def environment(bench: Bench) -> None:
 
 
 def tests(bench: Bench) -> None:
-    """`pytest -m gpu tests/ops`; in small form one file of the CPU's. One row a failure, one for the whole."""
-    chosen = ["tests/ops/test_loss_output.py"] if bench.small else ["-m", "gpu", "tests/ops"]
-    report = bench.out / "junit.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *chosen]
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    """`pytest -m gpu` of `GPU_TESTS`, in several processes, since most of the time goes into compiling kernels.
+
+    In small form one file of the CPU's. One row a failure, as soon as its process has ended, and one for the whole.
+    """
+    chosen = ["tests/ops/test_loss_output.py"] if bench.small else ["-m", "gpu", *GPU_TESTS]
+    listed = _pytest("--collect-only", "-q", *chosen)
+    names = [line for line in listed.stdout.splitlines() if "::" in line]
+    shards = [names[i :: min(SHARDS, len(names))] for i in range(min(SHARDS, len(names)))]
     counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
-    if report.exists():
-        suites = ElementTree.parse(report).getroot()
-        for suite in suites.iter("testsuite"):
-            counts = {name: counts[name] + int(suite.get(name, 0)) for name in counts}
-        for case in suites.iter("testcase"):
-            for bad in (*case.findall("failure"), *case.findall("error")):
-                name = f"{case.get('classname')}::{case.get('name')}"
-                bench.add("test", "tests", name, {}, correct=False, error=(bad.text or "")[-4000:])
-    ran = counts["tests"] > counts["skipped"]
-    passed = done.returncode == 0 and ran
-    text = None if passed else (done.stdout + done.stderr)[-4000:]
-    bench.add("tests", "tests", "pytest", {}, correct=passed, error=text, counts=counts)
+    said = [] if listed.returncode == 0 else [listed.stdout[-4000:] + listed.stderr[-4000:]]
+    with ThreadPoolExecutor(SHARDS) as pool:
+        runs = [pool.submit(_shard, bench.out / f"junit-{i}.xml", shard) for i, shard in enumerate(shards)]
+        for run in as_completed(runs):
+            done, report = run.result()
+            if done.returncode != 0:
+                said.append((done.stdout + done.stderr)[-4000:])
+            if report.exists():
+                for name, count in _failures(bench, report).items():
+                    counts[name] += count
+    passed = not said and counts["tests"] == len(names) > counts["skipped"]
+    bench.add("tests", "tests", "pytest", {}, correct=passed, error="\n".join(said) or None, counts=counts)
+
+
+def _pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def _shard(report: Path, names: list[str]) -> tuple[subprocess.CompletedProcess[str], Path]:
+    report.unlink(missing_ok=True)  # an earlier run's
+    return _pytest("-q", f"--junitxml={report}", *names), report
+
+
+def _failures(bench: Bench, report: Path) -> dict[str, int]:
+    """Adds a row for each test that failed; the numbers of all."""
+    counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
+    suites = ElementTree.parse(report).getroot()
+    for suite in suites.iter("testsuite"):
+        counts = {name: counts[name] + int(suite.get(name, 0)) for name in counts}
+    for case in suites.iter("testcase"):
+        for bad in (*case.findall("failure"), *case.findall("error")):
+            name = f"{case.get('classname')}::{case.get('name')}"
+            bench.add("test", "tests", name, {}, correct=False, error=(bad.text or "")[-4000:])
+    return counts

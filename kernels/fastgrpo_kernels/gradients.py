@@ -42,7 +42,10 @@ def _scale_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> T
 
 @torch.library.custom_op("fastgrpo::scale_rows_of_gradient", mutates_args=())
 def _scale_rows_of_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    scaled = torch.mul(gradient, upstream[:, None], out=torch.empty_like(gradient, dtype=dtype))
+    scaled = torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
+    size = max(1, len(gradient) if gradient.is_cuda else PART // max(1, gradient.shape[1]))
+    for part, weight, out in zip(gradient.split(size), upstream[:, None].split(size), scaled.split(size), strict=True):
+        torch.mul(part, weight, out=out)
     return scaled.masked_fill_(upstream[:, None] == 0, 0)
 
 

@@ -69,21 +69,23 @@ def compilations() -> Iterator[list[str]]:
     from triton import knobs
 
     seen: list[str] = []
-    before = knobs.runtime.jit_cache_hook
+    before = knobs.compilation.listener
 
-    def record(**what: Any) -> bool:
-        seen.append(str(what.get("repr")))
-        return False
+    def record(*, src: Any, **_: Any) -> None:
+        seen.append(src.name)
 
-    knobs.runtime.jit_cache_hook = record
+    knobs.compilation.listener = record
     try:
         yield seen
     finally:
-        knobs.runtime.jit_cache_hook = before
+        knobs.compilation.listener = before
 
 
-def replayed(run: Run) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """A CUDA graph of `run` and the tensors that a replay fills; nothing has run in it yet."""
+def replayed(run: Run, mode: str = "global") -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A CUDA graph of `run` and the tensors that a replay fills; nothing has run in it yet.
+
+    mode: "relaxed" where the capture launches kernels that the warm-up does not: "global" forbids to load them.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -91,7 +93,7 @@ def replayed(run: Run) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode=mode):
         outputs = run()
     return graph, outputs
 

@@ -137,7 +137,7 @@ def test_loss_is_the_merged_weights(
 
 
 def test_the_schedules_are_those_meant() -> None:
-    """Without a gradient for B, dL/d(hidden A^T) is a row's own, and a frozen head takes 2 GEMMs; the gradient of B is thin."""
+    """Without a gradient for B, dL/d(hidden A^T) is a row's own: 2 GEMMs for a frozen head. That of B is thin."""
     problem = Problem(3)
     seen = []
     for wanted, options in (

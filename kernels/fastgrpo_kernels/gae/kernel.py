@@ -31,7 +31,7 @@ def _load(p_x, mask):
     return tl.load(p_x, mask=mask, other=0.0).to(tl.float32).to(tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_rewards", "p_values", "p_cu_seqlens"])
 def gae_kernel(
     p_rewards,
     p_values,
@@ -83,9 +83,9 @@ def _spec(dtype: str) -> KernelSpec:
         name=f"gae_{dtype}",
         kernel=gae_kernel,
         signature={
-            "p_rewards": f"*{dtype}:16",
-            "p_values": f"*{dtype}:16",
-            "p_cu_seqlens": "*i32:16",
+            "p_rewards": f"*{dtype}",
+            "p_values": f"*{dtype}",
+            "p_cu_seqlens": "*i32",
             "p_advantages": "*fp32:16",
             "p_returns": "*fp32:16",
             "gamma": "fp64",

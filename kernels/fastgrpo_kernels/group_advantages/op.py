@@ -17,7 +17,7 @@ SCALES = ("group", "batch", "none")
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare as one value
 class GroupRewards:
-    """Rewards to be normalised inside a loss op, in place of advantages; the fields are `group_advantages`'s.
+    """Rewards to be normalised inside a loss op, in place of advantages; the fields are `group_advantages`'s, eps 1e-4.
 
     A sample whose reward is NaN then trains no token and leaves the loss's default denominators.
     """
@@ -46,7 +46,8 @@ def group_advantages(
     eps:         >= 0, in units of the reward.
 
     Returns [S] fp32 (float64 for float64 rewards), not differentiable. With a baseline, a group with one valid sample
-    or with equal rewards gives exactly 0. Infinite rewards are not failures and make their group NaN.
+    or with equal rewards gives exactly 0. Infinite rewards are not failures: they make their group NaN, and with
+    `scale="batch"` all groups.
     Errors: TypeError or ValueError naming the argument; ValueError for `baseline="none"` with `scale="group"`.
     """
     check_tensor("rewards", rewards, (None,), "[S]")

@@ -48,7 +48,7 @@ def group_advantages_reference(rewards: Tensor, group_index: Tensor, baseline: s
 
 
 def _batch_std(reward: Tensor, valid: Tensor) -> Tensor:
-    """Unbiased standard deviation of the valid rewards; 0 when fewer than two are, or when all are equal."""
+    """Unbiased standard deviation of the valid rewards; 0 when fewer than two are."""
     count = valid.sum()
     mean = torch.where(valid, reward, 0).sum() / count.clamp(min=1)
     return (torch.where(valid, reward - mean, 0).square().sum() / (count - 1).clamp(min=1)).sqrt()

@@ -121,7 +121,8 @@ class LossArguments:
         if value is None:
             return None
         if isinstance(value, Tensor):
-            return value.detach().to(device=device, dtype=torch.float64)
+            onto_gpu = device.type == "cuda"  # the other way, the host would read before the copy is done
+            return value.detach().to(device=device, dtype=torch.float64, non_blocking=onto_gpu)
         return torch.full((), value, dtype=torch.float64, device=device)
 
 
@@ -215,6 +216,15 @@ class LossOperands:
         assert self.group_index is not None
         advantage = group_advantages(self.advantage, self.group_index, baseline=self.baseline, scale=self.scale)
         return replace(self, advantage=advantage, mask=self.trained(num_rows), group_index=None, per_sequence=True)
+
+    def in_fp32(self) -> LossOperands:
+        """float64 tensors of rows and sequences rounded to fp32, all that the kernels compute in."""
+
+        def narrow(x: Tensor) -> Tensor:
+            return x.float() if x.dtype == torch.float64 else x
+
+        given = {name: getattr(self, name) for name in ("advantage", "old", "ref", "sampling")}
+        return replace(self, **{name: None if x is None else narrow(x) for name, x in given.items()})
 
     def pick(self, rows: Tensor, trained: Tensor) -> LossOperands:
         """Only the rows that train, whose int64 indices these are; denominators must be present.

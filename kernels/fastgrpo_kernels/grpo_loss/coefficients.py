@@ -69,7 +69,7 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, inputs: LossInputs, config
     """
     sequences = Sequences(inputs)
     logp = torch.where(inputs.trained, logprob, 0)
-    log_ratio = torch.zeros_like(logp) if inputs.old is None else logp - inputs.old
+    log_ratio = logp - (logp if inputs.old is None else inputs.old)  # on-policy 0, but NaN stays NaN
     ratio = _Ratio(log_ratio, sequences, config)
     correction, reported = _sampling_correction(logp, inputs, sequences, config)
     keep = _kept(logp, entropy, inputs, sequences, config)
@@ -114,7 +114,7 @@ class _Ratio:
         self._pooled = config.importance_sampling_level == "sequence"
         exponent = sequences.mean(log_ratio) if self._pooled else log_ratio
         own = exponent.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
-        self._slope = torch.where(exponent.abs() <= LOG_RATIO_CLAMP, own, 0)
+        self._slope = torch.where(exponent.abs() > LOG_RATIO_CLAMP, 0, own)
         self.value = sequences.spread(own) if self._pooled else own
 
     def pull(self, grad: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def _kl(logp: Tensor, ref: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
     if config.kl_estimator == "k2":
         return d.square() / 2, -d
     exponential = d.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
-    return exponential - d - 1, 1 - torch.where(d.abs() <= LOG_RATIO_CLAMP, exponential, 0)
+    return exponential - d - 1, 1 - torch.where(d.abs() > LOG_RATIO_CLAMP, 0, exponential)
 
 
 def _sampling_correction(

@@ -152,15 +152,6 @@ def old_logprob(p_old, logp, o_row, trained):
 
 
 @triton.jit
-def log_ratio(p_old, logp, old):
-    """`r`, exactly 0 on-policy whatever the log-prob."""
-    if p_old is None:
-        return tl.zeros_like(logp)
-    else:
-        return logp - old
-
-
-@triton.jit
 def gap_to_engine(p_sampling, old, o_row, trained):
     """`old - samp`, 0 where the engine did not report; which tokens it reported."""
     samp = load(p_sampling, o_row, trained)
@@ -205,7 +196,7 @@ def _sequence_sums(
         if V.needs_sequences:
             logp = load(p_logprob, o_row, trained)
             old = old_logprob(p_old, logp, o_row, trained)
-            r = log_ratio(p_old, logp, old)
+            r = logp - old
             b_ratio += r.to(tl.float64)
             b_clamped += clamp(r, -LIMIT, LIMIT).to(tl.float64)
             behaviour = old
@@ -232,7 +223,7 @@ def _sequence_sums(
 def _pooled_ratio(exponent):
     """The ratio of a sequence, and its derivative by its exponent, which is 0 outside the clamp."""
     w = tl.exp(clamp(exponent, -LIMIT, LIMIT))
-    return w, tl.where(tl.abs(exponent) <= LIMIT, w, 0.0)
+    return w, tl.where(tl.abs(exponent) > LIMIT, 0.0, w)
 
 
 @triton.jit
@@ -275,7 +266,7 @@ def sequence_terms(
 def token_weight(p_num_sequences, p_num_tokens, p_numbers, length, V: tl.constexpr):
     """What the term of a token counts in the loss, fp32: the aggregation table. And max(num_tokens, 1), float64."""
     sequences = tl.load(p_num_sequences).to(tl.float64)
-    sequences = tl.where(sequences > 0, sequences, 1.0)
+    sequences = tl.where(sequences < 1, 1.0, sequences)
     tokens = tl.load(p_num_tokens).to(tl.float64)
     tokens = tl.where(tokens < 1, 1.0, tokens)
     if V.by_sequence:
@@ -323,7 +314,7 @@ def kl_estimate(d, V: tl.constexpr):
         return d * d / 2.0, -d
     else:
         e = tl.exp(clamp(d, -LIMIT, LIMIT))
-        return e - d - 1.0, 1.0 - tl.where(tl.abs(d) <= LIMIT, e, 0.0)
+        return e - d - 1.0, 1.0 - tl.where(tl.abs(d) > LIMIT, 0.0, e)
 
 
 @triton.jit
@@ -348,9 +339,9 @@ def token_terms(
     zero = tl.zeros_like(logp)
     w, slope, A, c, log_c, reported = zero + ratio, zero, zero + advantage, zero + correction, zero, trained
     if V.token_level:
-        r = log_ratio(p_old, logp, old)
+        r = logp - old
         w = tl.exp(clamp(r, -LIMIT, LIMIT))
-        slope = tl.where(tl.abs(r) <= LIMIT, w, 0.0)
+        slope = tl.where(tl.abs(r) > LIMIT, 0.0, w)
     if V.per_token:
         A = load(p_advantage, o_row, trained)
     if p_sampling is not None:

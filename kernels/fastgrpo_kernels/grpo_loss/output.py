@@ -90,8 +90,7 @@ class LossOutput:
                 count = values[name.removesuffix("sum") + "count"]
                 reduced[name.removesuffix("/sum")] = value / count if count else float("nan")
             elif name.endswith(("/min", "/max")):
-                empty = float("inf") if name.endswith("/min") else float("-inf")
-                reduced[name] = float("nan") if value == empty else value
+                reduced[name] = float("nan") if value == empty_metric(name) else value
             elif not name.endswith("/count"):
                 reduced[name] = value
         return reduced

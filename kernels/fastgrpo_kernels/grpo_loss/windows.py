@@ -50,6 +50,7 @@ def coefficients(operands: LossOperands, num_rows: int, like: Tensor) -> Coeffic
 
     if operands.group_index is not None and operands.advantage.numel() > MANY_SEQUENCES:
         operands = operands.with_advantages(num_rows)
+    operands = operands.in_fp32()
     assert operands.num_sequences is not None
     assert operands.num_tokens is not None
     return DeviceCoefficients(

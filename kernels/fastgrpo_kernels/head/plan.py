@@ -59,9 +59,10 @@ _WATCHING: ContextVar[list[HeadPlan] | None] = ContextVar("watching", default=No
 class HeadProblem:
     """What a plan is made from.
 
-    dtype: of the GEMMs' operands. trainable: a sum over rows (weight, bias) wants a gradient; differentiable: anything
-    does. reach: what a row's coefficients depend on, `unknown` when they come later, from outside. tensor_copies: the
-    GPU and the shapes suit the epilogue's kernel. thin: what is trainable costs no GEMM of [N, D, V]: a bias or LoRA.
+    dtype: of the GEMMs' operands. trainable: a sum over rows (weight, bias, LoRA's b) wants a gradient; differentiable:
+    anything does. reach: what a row's coefficients depend on, `unknown` when they come later, from outside.
+    tensor_copies: the GPU and the shapes suit the epilogue's kernel. thin: what is trainable costs no GEMM of
+    [N, D, V]: a bias or LoRA.
     """
 
     num_rows: int

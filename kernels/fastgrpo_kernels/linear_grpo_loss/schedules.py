@@ -70,7 +70,7 @@ def _after_all(
 ) -> Coefficients:
     """All log-probs, with each row's own derivative if the plan says so; then the coefficients."""
     per_row = plan.schedule == "per_row"
-    ones = torch.ones_like(grad_logprob)
+    ones = torch.ones_like(grad_logprob) if per_row else grad_logprob
     for window in plan.windows:
         engine.forward(window, keep=per_row)
         if per_row:

@@ -20,6 +20,9 @@ from ..vocabulary import LogitHead
 LOWEST = tl.constexpr(-3.4e38)  # a first maximum: unlike -inf, a logit of -inf minus it is not NaN
 LOG_ZERO = tl.constexpr(-1e4)  # its exponential is 0: 0 * LOG_ZERO is 0 where 0 * -inf is NaN
 
+# Of windows of rows that start anywhere: kernels would be compiled anew where one begins between 16-byte boundaries.
+ROW_VECTORS = ["p_target", "p_logprob", "p_entropy", "p_peak", "p_log_sum", "p_d_logprob", "p_d_entropy"]
+
 
 @triton.jit
 def _tanh(a):
@@ -59,7 +62,7 @@ def _edge_columns(lead, end, whole, GROUP: tl.constexpr):
     return o, (o >= lead) & (o < end)
 
 
-@triton.jit(do_not_specialize=["stride", "V"])
+@triton.jit(do_not_specialize=["stride", "V"], do_not_specialize_on_alignment=ROW_VECTORS)
 def token_logprob_forward(
     p_logits,
     p_target,
@@ -154,7 +157,7 @@ def _store_gradient(
     tl.store(p_out + o, tl.where(live, grad * slope, 0.0).to(p_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["stride", "out_stride", "V"])
+@triton.jit(do_not_specialize=["stride", "out_stride", "V"], do_not_specialize_on_alignment=ROW_VECTORS)
 def token_logprob_backward(
     p_logits,
     p_target,
@@ -302,7 +305,7 @@ def backward(
 def _specs() -> list[KernelSpec]:
     """Every variant: softcap or not, entropy gradient or not, long, short and unaligned rows. fp16 is as bf16."""
     specs = []
-    row, number = "*fp32:16", "fp32"
+    row, number = "*fp32", "fp32"
     for dtype, out, itemsize in (("bf16", "bf16", 2), ("fp32", "fp32", 4), ("fp32", "bf16", 2)):
         for size, V, stride in (("", 1 << 17, 1 << 17), ("_short", 512, 512), ("_unaligned", 1 << 17, (1 << 17) + 1)):
             for softcap in (False, True):
@@ -310,7 +313,7 @@ def _specs() -> list[KernelSpec]:
                 warps = tiling.pop("num_warps")
                 name = f"{dtype}{'' if out == dtype else f'_{out}'}{size}{'_softcap' if softcap else ''}"
                 constexprs = {"SOFTCAP": softcap, **tiling}
-                common = {"p_logits": f"*{dtype}:16", "p_target": "*i64:16"}
+                common = {"p_logits": f"*{dtype}:16", "p_target": "*i64"}
                 common |= dict.fromkeys(("p_peak", "p_log_sum", "p_entropy"), row)
                 common |= {"stride": "i32", "V": "i32", "input_scale": number, "ceiling": number}
                 if out == dtype:

@@ -323,12 +323,18 @@ def single_read(
                 0.0 if ceiling is None else ceiling,
                 FROM_GUESS=guess is not None,
                 SOFTCAP=ceiling is not None,
-                **ROW_TILING,
+                **_row_tiling(out.dtype == torch.float32, ceiling is not None),
             )
 
 
 DOT_TILING = {"BLOCK": 1024, "RANK_BLOCK": 128, "num_warps": 2}
 ROW_TILING = {"ROW_UNIT": 4, "OUT_UNIT": 8, "GROUP": 8, "BLOCK": 4096, "num_warps": 8}
+WIDE_SOFTCAP_TILING = {**ROW_TILING, "BLOCK": 2048}  # longer tiles spill registers in Triton 3.6
+
+
+def _row_tiling(wide: bool, softcap: bool) -> dict[str, int]:
+    """For gradient rows in fp32 (wide) or bf16."""
+    return WIDE_SOFTCAP_TILING if wide and softcap else ROW_TILING
 
 
 def _first_given(guess: Guess) -> Tensor | None:
@@ -377,7 +383,8 @@ def _specs() -> list[KernelSpec]:
             signature |= {"input_scale": number, "ceiling": number}
             variant = {"FROM_GUESS": from_guess, "SOFTCAP": softcap, absent: None}
             name = f"single_read_{dtype}{'_softcap' if softcap else ''}{'_guess' if from_guess else ''}"
-            specs.append(_spec(name, single_read_kernel, signature, variant | ROW_TILING, True))
+            tiling = _row_tiling(dtype == "fp32", softcap)
+            specs.append(_spec(name, single_read_kernel, signature, variant | tiling, True))
     return specs
 
 

@@ -220,11 +220,13 @@ class LossOperands:
     def in_fp32(self) -> LossOperands:
         """float64 tensors of rows and sequences rounded to fp32, all that the kernels compute in."""
 
-        def narrow(x: Tensor) -> Tensor:
-            return x.float() if x.dtype == torch.float64 else x
+        def narrow(x: Tensor | None) -> Tensor | None:
+            return x.float() if x is not None and x.dtype == torch.float64 else x
 
-        given = {name: getattr(self, name) for name in ("advantage", "old", "ref", "sampling")}
-        return replace(self, **{name: None if x is None else narrow(x) for name, x in given.items()})
+        advantage = narrow(self.advantage)
+        assert advantage is not None
+        old, ref, sampling = (narrow(x) for x in (self.old, self.ref, self.sampling))
+        return replace(self, advantage=advantage, old=old, ref=ref, sampling=sampling)
 
     def pick(self, rows: Tensor, trained: Tensor) -> LossOperands:
         """Only the rows that train, whose int64 indices these are; denominators must be present.

@@ -254,7 +254,7 @@ def forward(logits: Tensor, target: Tensor, head: LogitHead) -> tuple[Tensor, Te
                 head.input_scale,
                 0.0 if head.softcap is None else head.ceiling,
                 SOFTCAP=head.softcap is not None,
-                **_tiling(logits.element_size(), V, stride, head.softcap is not None),
+                **_tiling(logits.element_size(), V, stride, head.softcap is not None, stride),  # reads one row only
             )
     return logprob, entropy, peak, log_sum
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -136,3 +137,10 @@ def test_every_kernel_file_is_in_the_table() -> None:
     names = {".".join(file.relative_to(_ROOT / "kernels").with_suffix("").parts) for file in files}
     assert names
     assert set(kernel_modules()) == names
+
+
+@compiles
+def test_no_kernel_has_more_than_25_arguments() -> None:
+    for module in kernel_modules():
+        for spec in importlib.import_module(module).KERNELS:
+            assert len({*spec.signature, *spec.constexprs}) <= 25, spec.name

@@ -23,6 +23,7 @@ from datasets import Dataset  # noqa: E402
 
 from fastgrpo.integrations.trl import FusedGRPOTrainer  # noqa: E402
 from fastgrpo.integrations.trl_head import FusedHead, refuse_sharded  # noqa: E402
+from fastgrpo_kernels import watch_plans  # noqa: E402
 
 STEPS = 3
 TOLERANCE = 1e-5
@@ -331,6 +332,16 @@ def test_rows_that_do_not_train_never_meet_the_head(helpers: Any, tmp_path: Path
     trainer.train()
     assert rows == [count for count, _ in trained]
     assert sum(rows) < sum(padded for _, padded in trained)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gemms_of_a_step(frozen: bool, helpers: Any, tmp_path: Path) -> None:
+    """Three for loss and gradients, two with a frozen head; TRL's own take one more each."""
+    trainer = make(FusedGRPOTrainer, helpers, tmp_path, max_steps=1, loss_type="dapo")
+    trainer.model.get_output_embeddings().weight.requires_grad_(not frozen)
+    with watch_plans() as plans:
+        trainer.train()
+    assert [(plan.schedule, plan.gemms) for plan in plans if plan.gemms > 1] == [("fused", 3 - frozen)] * 2
 
 
 def test_generation_is_untouched(helpers: Any, tmp_path: Path) -> None:

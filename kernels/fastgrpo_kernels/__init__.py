@@ -13,6 +13,7 @@ from .head.plan import HeadPlan, watch_plans
 from .layout import PackedLayout
 from .linear_grpo_loss.op import linear_grpo_loss
 from .linear_logprob.op import linear_logprob
+from .shared_prefix_attention.op import shared_prefix_attention
 from .token_logprob.op import token_logprob
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "grpo_loss",
     "linear_grpo_loss",
     "linear_logprob",
+    "shared_prefix_attention",
     "token_logprob",
     "watch_plans",
 ]

@@ -2,16 +2,50 @@
 
 Token order: all prompts first (1, 2, ...), then the completions of prompt 1, of prompt 2, ... Prompts and completions
 are then contiguous views, and nothing is padded or copied. This file computes positions and indices only; attention
-over the layout is an op of its own.
+over the layout is an op of its own. Sequences that share nothing are prompts without completions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionRanges:
+    """Which rows attend to which, in the form of variable-length kernels: two lists of ranges, made once per layout.
+
+    Part (a): every row attends causally within its own sequence; the sequences tile all T rows.
+    Part (b): the completions of a prompt, one range of queries, attend to all of that prompt, one range of keys.
+    A completion that follows its prompt in memory, alone, is one sequence with it and takes no part in (b): one prompt
+    with one completion costs what plain packing costs.
+
+    position_ids: [T] int64.
+    cu_self:      [A+1] int32, the bounds of (a).
+    cu_query:     [B+1] int32, the bounds of (b)'s queries, counted from row `first_query`.
+    cu_key:       [B+1] int32, the bounds of (b)'s keys: the first B prompts, up to the last one that is asked.
+    unasked:      int64, rows of those prompts that no query asks.
+    max_self, max_query, max_key: the longest range of each.
+    first_query, num_queries, num_keys: (b)'s queries are rows first_query .. first_query + num_queries, its keys rows
+                  0 .. num_keys; without queries there is no (b).
+    """
+
+    position_ids: Tensor
+    cu_self: Tensor
+    cu_query: Tensor
+    cu_key: Tensor
+    unasked: Tensor
+    max_self: int
+    max_query: int
+    max_key: int
+    first_query: int
+    num_queries: int
+    num_keys: int
 
 
 class PackedLayout:
@@ -26,6 +60,8 @@ class PackedLayout:
     predictor_index: [N] int64, the row whose hidden state predicts each completion token: the prompt's last token for
                      the first one, the token before for the others.
     cu_seqlens:      [S+1] int32; completion s owns rows cu_seqlens[s]:cu_seqlens[s+1] of the N.
+    attention:       the ranges that `shared_prefix_attention` works on.
+    longest:         the most tokens that a prompt and one of its completions have together.
 
     Errors: TypeError for lengths that are not integers, ValueError for lengths out of range, lists that do not match,
     or more than 2^31 - 1 tokens.
@@ -51,6 +87,10 @@ class PackedLayout:
         self.num_prompt_tokens = sum(self.prompt_lengths)
         self.num_completion_tokens = sum(lengths)
         self.num_tokens = self.num_prompt_tokens + self.num_completion_tokens
+        self.longest = max(
+            (p + max(group, default=0) for p, group in zip(self.prompt_lengths, self.completion_lengths, strict=True)),
+            default=0,
+        )
         if self.num_tokens >= 2**31:
             raise ValueError(f"PackedLayout: expected fewer than 2^31 tokens, got {self.num_tokens}")
 
@@ -59,6 +99,7 @@ class PackedLayout:
         self.position_ids: Tensor = positions.to(device)
         self.predictor_index: Tensor = predictor.to(device)
         self.cu_seqlens: Tensor = boundaries.to(device)
+        self.attention = self._attention(device)
 
     def _tensors(self, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """position_ids, predictor_index and cu_seqlens, from the completions' lengths in order."""
@@ -75,6 +116,34 @@ class PackedLayout:
         positions = torch.cat([_offsets(prompt_length), offset + owner_length.repeat_interleave(completion_length)])
         boundaries = torch.cat([torch.zeros(1, dtype=torch.int64), completion_length.cumsum(0)])
         return positions, predictor, boundaries.int()
+
+    def _attention(self, device: torch.device | str | None) -> AttentionRanges:
+        """The ranges on `device`; their sizes are host integers, so that no kernel's launch has to wait for them."""
+        groups = [[length for length in group if length] for group in self.completion_lengths]
+        sequences = [*self.prompt_lengths, *(length for group in groups for length in group)]
+        if groups and len(groups[-1]) == 1 and not any(groups[:-1]):
+            sequences = [*self.prompt_lengths[:-1], self.prompt_lengths[-1] + groups[-1][0]]
+            groups[-1] = []
+        queries = [sum(group) for group in groups]
+        while queries and not queries[-1]:
+            queries.pop()
+        keys = list(self.prompt_lengths[: len(queries)])
+        key_bounds = _bounds(keys)
+        unasked = [
+            row
+            for i, (asked, length) in enumerate(zip(queries, keys, strict=True))
+            if not asked
+            for row in range(key_bounds[i], key_bounds[i] + length)
+        ]
+        with torch.device("cpu"):
+            bounds = [torch.tensor(x, dtype=torch.int32) for x in (_bounds(sequences), _bounds(queries), key_bounds)]
+            rows = torch.tensor(unasked, dtype=torch.int64)
+        cu_self, cu_query, cu_key, unasked_rows = (x.to(device) for x in (*bounds, rows))
+        return AttentionRanges(
+            self.position_ids, cu_self, cu_query, cu_key, unasked_rows,
+            max_self=max(sequences, default=0), max_query=max(queries, default=0), max_key=max(keys, default=0),
+            first_query=self.num_prompt_tokens, num_queries=sum(queries), num_keys=sum(keys),
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"PackedLayout({list(self.prompt_lengths)}, {[list(group) for group in self.completion_lengths]})"
@@ -93,6 +162,10 @@ def _lengths(name: str, lengths: Sequence[int], minimum: int) -> tuple[int, ...]
         if length < minimum:
             raise ValueError(f"{name}[{i}]: expected a length >= {minimum}, got {length}")
     return tuple(lengths)
+
+
+def _bounds(lengths: Sequence[int]) -> list[int]:
+    return list(accumulate(lengths, initial=0))
 
 
 def _starts(lengths: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Attention over prompts and completions that share them."""

@@ -88,7 +88,8 @@ def compile_kernel(spec: KernelSpec, arch: str) -> tuple[Any, str]:
             hints[(i,)] = [["tt.divisibility", int(divisor)]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(spec.constexprs), attrs=hints)
     target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
+    stages = {} if spec.num_stages is None else {"num_stages": spec.num_stages}
+    options = {"num_warps": spec.num_warps, **stages, **spec.options}
     # A kernel out of Triton's cache comes without the assembler's log, the only place that tells spills.
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
         knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor
 from fastgrpo_kernels.backend import INTERPRETED
 
 from .interpreter import repair
+
+DRY_RUN = os.environ.get("FASTGRPO_DRY_RUN", "0") == "1"
+"""This process may be patched for good by gpu_dry_run.py."""
 
 
 def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -37,9 +41,14 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of Triton kernels belong to a process that interprets them; test_interpreter.py starts one."""
-    if INTERPRETED:
-        return
-    elsewhere = [item for item in items if item.get_closest_marker("interpreter")]
+    """Tests of Triton kernels belong to a process that interprets them, those on fake GPU tensors to one that has them;
+    test_interpreter.py and test_gpu_dry_run.py start these.
+    """
+    elsewhere = [
+        item
+        for item in items
+        if (item.get_closest_marker("interpreter") and not INTERPRETED)
+        or ("fake_gpu" in getattr(item, "fixturenames", ()) and not DRY_RUN)
+    ]
     items[:] = [item for item in items if item not in elsewhere]
     config.hook.pytest_deselected(items=elsewhere)

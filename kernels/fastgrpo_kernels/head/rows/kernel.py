@@ -375,6 +375,8 @@ def _specs() -> list[KernelSpec]:
         specs.append(_spec(f"target_logit_{dtype}", target_logit_kernel, signature, least | DOT_TILING, True))
         everything = f"target_logit_{dtype}_everything"
         specs.append(_spec(everything, target_logit_kernel, signature | optional, most | DOT_TILING, False))
+        odd = {name: type_.partition(":")[0] for name, type_ in (signature | optional).items()}
+        specs.append(_spec(f"{everything}_odd", target_logit_kernel, odd, most | DOT_TILING, False))
         for softcap, from_guess in product((False, True), repeat=2):
             given, absent = ("p_guess", "p_z") if from_guess else ("p_z", "p_guess")
             signature = {"p_logits": "*fp32:16", "p_target": "*i64", "p_out": matrix}

@@ -250,6 +250,8 @@ class UpdateOptions:
         num_iterations: Epochs over each rollout batch.
         num_minibatches: Optimizer steps per epoch; groups stay whole.
         max_tokens_per_microbatch: Tokens in one forward pass; changes memory, never the result.
+        share_prompts: Compute a prompt once for all its completions, where the model allows; changes time and memory,
+            never the result.
         learning_rate: Peak learning rate.
         lr_scheduler_type: Course of the learning rate after the warm-up.
         warmup_steps: Steps over which it rises from 0.
@@ -265,6 +267,7 @@ class UpdateOptions:
     num_iterations: int = 1
     num_minibatches: int = 1
     max_tokens_per_microbatch: int = 16384
+    share_prompts: bool = True
     learning_rate: float = 1e-6
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0

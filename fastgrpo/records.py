@@ -113,9 +113,13 @@ class Denominators:
 class PackedBatch:
     """One micro-batch: T tokens in one row without padding, N of them scored, S completions.
 
-    input_ids:        [T] int64, sequence after sequence (prompt, then completion).
-    position_ids:     [T] int64, restarting at every sequence.
-    lengths:          the sequences' lengths in tokens, on the host; they sum to T and tell attention where to stop.
+    Rows: the shared prompts, then the sequences that share nothing, each with its prompt, then the completions of the
+    first shared prompt, of the second, ... A sequence that shares nothing counts as a prompt without completions.
+
+    input_ids:        [T] int64.
+    position_ids:     [T] int64, from 0 in every prompt; each completion goes on from its prompt.
+    prompt_lengths, completion_lengths: the tokens of each prompt, and per prompt of each completion that shares it, on
+                      the host. They sum to T and tell attention what sees what, as in `fastgrpo_kernels.PackedLayout`.
     predictor_index:  [N] int64, the row whose hidden state predicts each scored token.
     target:           [N] int64, the scored tokens.
     cu_seqlens:       [S+1] int32, completion s owns rows cu_seqlens[s]:cu_seqlens[s+1] of the N.
@@ -126,7 +130,8 @@ class PackedBatch:
 
     input_ids: Tensor
     position_ids: Tensor
-    lengths: tuple[int, ...]
+    prompt_lengths: tuple[int, ...]
+    completion_lengths: tuple[tuple[int, ...], ...]
     predictor_index: Tensor
     target: Tensor
     cu_seqlens: Tensor

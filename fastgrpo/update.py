@@ -58,7 +58,7 @@ class Updater:
         ]
         whole = packing.denominators(minibatch, mask_truncated=self.config.mask_truncated_completions)
         chosen = self._select(minibatch)
-        packed = packing.pack(chosen, max_tokens=self.config.max_tokens_per_microbatch)
+        packed = self._pack(chosen)
         threshold = self._entropy_threshold(packed)
         outputs = [self._backward(p, chosen, whole, threshold) for p in packed]
         norm, applied = self.optimizer.step(rate)
@@ -75,6 +75,9 @@ class Updater:
 
     def _select(self, rollouts: list[Rollout]) -> list[Rollout]:
         return packing.select(rollouts, mask_truncated=self.config.mask_truncated_completions, skip_zero=self.skip_zero)
+
+    def _pack(self, rollouts: list[Rollout]) -> list[PackedBatch]:
+        return packing.pack(rollouts, max_tokens=self.config.max_tokens_per_microbatch, share=self.policy.shares)
 
     def _backward(
         self, packed: PackedBatch, chosen: list[Rollout], whole: Denominators, threshold: float | None
@@ -98,7 +101,7 @@ class Updater:
 
     def _fill(self, name: str, rollouts: list[Rollout], model: Policy | Reference) -> None:
         """Set `old_logprob` or `ref_logprob` of the rollouts, without gradients."""
-        for packed in packing.pack(rollouts, max_tokens=self.config.max_tokens_per_microbatch):
+        for packed in self._pack(rollouts):
             logprob = model.logprobs(packed.to(self.policy.device), self.config.temperature)[0]
             _scatter(logprob, packed, rollouts, name)
 
@@ -114,11 +117,15 @@ class Updater:
         self, packed: list[PackedBatch], chosen: list[Rollout], minibatch: list[Rollout], seconds: float
     ) -> dict[str, float]:
         """What was computed, and how fast."""
-        computed = sum(r.num_tokens + len(r.prompt.token_ids) for r in chosen)
-        total = sum(r.num_tokens + len(r.prompt.token_ids) for r in minibatch)
+        needed, total = (sum(r.num_tokens + len(r.prompt.token_ids) for r in rs) for rs in (chosen, minibatch))
+        sizes = [len(p.input_ids) for p in packed]
+        computed = sum(sizes)
         metrics = {
             "perf/microbatches": float(len(packed)),
-            "perf/skipped_token_fraction": 1 - computed / total if total else 0.0,
+            "perf/skipped_token_fraction": 1 - needed / total if total else 0.0,
+            # Against as many micro-batches of the longest one's length, and against every prompt once per completion.
+            "perf/packing_efficiency": computed / (len(sizes) * max(sizes)) if sizes else 1.0,
+            "perf/prompt_sharing_ratio": needed / computed if computed else 1.0,
         }
         if self._peak_flops:
             metrics["perf/mfu"] = 6 * self.policy.num_parameters * computed / seconds / self._peak_flops

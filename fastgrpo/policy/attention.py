@@ -1,11 +1,12 @@
 """Attention over packed sequences, registered with transformers under the name "fastgrpo".
 
-A packed forward passes `segments=Segments(lengths)` to the model; transformers hands that keyword to every layer's
-attention, also under gradient checkpointing. Without it (ordinary generation) the call is transformers' own sdpa.
+A packed forward passes `segments=` to the model: `Segments(lengths)`, or `SharedPrompts(...)` where completions share
+their prompts. transformers hands that keyword to every layer's attention, also under gradient checkpointing. Without it
+(ordinary generation) the call is transformers' own sdpa.
 
-Sequences of like length are gathered into one padded call of torch's scaled_dot_product_attention. With the padding on
-the right, causality alone keeps real tokens from seeing it, so the result is exact and needs no mask. Not done here:
-sharing one prompt between its completions.
+Segments: sequences of like length are gathered into one padded call of torch's scaled_dot_product_attention. With the
+padding on the right, causality alone keeps real tokens from seeing it, so the result is exact and needs no mask.
+SharedPrompts: `fastgrpo_kernels`' shared_prefix_attention on views; what that cannot do exactly or fast is refused.
 """
 
 from __future__ import annotations
@@ -129,6 +130,68 @@ def _softcapped(
     return F.dropout(weights, dropout) @ v
 
 
+class SharedPrompts:
+    """Which completions share which prompt, with the index tensors every layer shares.
+
+    prompt_lengths, completion_lengths: as in `fastgrpo_kernels.PackedLayout`, whose errors are raised.
+    longest: the longest sequence that a sliding window must not cut; by default the longest one here.
+    """
+
+    def __init__(
+        self,
+        prompt_lengths: tuple[int, ...],
+        completion_lengths: tuple[tuple[int, ...], ...],
+        device: torch.device,
+        longest: int = 0,
+    ) -> None:
+        from fastgrpo_kernels import PackedLayout
+
+        self.layout = PackedLayout(prompt_lengths, completion_lengths, device)
+        self.longest = max(longest, self.layout.longest)
+
+
+class CannotShareError(ValueError):
+    """This attention is not one in which completions can share their prompt; `reason` says why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"completions cannot share their prompt (set share_prompts to false): {reason}")
+        self.reason = reason
+
+
+def shared_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared: SharedPrompts,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention in which a prompt's completions read one copy of its keys and values.
+
+    Shapes as in `packed_attention`. Raises CannotShareError for dropout, a softcap, a window shorter than the longest
+    sequence, and tensors that no flash attention takes.
+    """
+    from fastgrpo_kernels.shared_prefix_attention import backends
+    from fastgrpo_kernels.shared_prefix_attention.op import shared_prefix_attention
+    from fastgrpo_kernels.shared_prefix_attention.options import Options
+
+    if dropout:
+        raise CannotShareError(f"attention dropout of {dropout}")
+    if softcap is not None:
+        raise CannotShareError(f"attention scores capped at {softcap}")
+    if sliding_window is not None and sliding_window < shared.longest:
+        raise CannotShareError(f"a sliding window of {sliding_window} tokens, less than a sequence of {shared.longest}")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
+    if k.shape != v.shape:
+        raise CannotShareError(f"key heads of {k.shape[2]} and value heads of {v.shape[2]} numbers")
+    if backends.choose(q, shared.layout.attention, Options(1.0, None, None)) == "dense":
+        raise CannotShareError(f"{q.dtype} heads of {q.shape[2]} on {q.device.type}, which no flash attention takes")
+    return shared_prefix_attention(q, k, v, shared.layout, scale=scaling).unsqueeze(0)
+
+
 def _attention_forward(
     module: torch.nn.Module,
     query: Tensor,
@@ -137,7 +200,7 @@ def _attention_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    segments: Segments | None = None,
+    segments: Segments | SharedPrompts | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -147,8 +210,10 @@ def _attention_forward(
         unknown = sorted(n for n in ("s_aux", "position_bias") if kwargs.get(n) is not None)
         if unknown:
             raise ValueError(f"this model's attention uses {unknown}, which packed attention does not support")
-        options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap}
-        return packed_attention(query, key, value, segments, **options), None  # type: ignore[arg-type]
+        options: Any = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap}
+        if isinstance(segments, SharedPrompts):
+            return shared_attention(query, key, value, segments, **options), None
+        return packed_attention(query, key, value, segments, **options), None
     if softcap is not None:
         repeat = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from fastgrpo.config import GRPOConfig
 from fastgrpo.importing import import_object
 from fastgrpo.policy.attention import register
 from fastgrpo.policy.policy import Policy
+
+logger = logging.getLogger(__name__)
 
 
 def load_policy(model: Any, processing_class: Any, config: GRPOConfig, peft_config: Any = None) -> Policy:
@@ -51,8 +54,15 @@ def load_policy(model: Any, processing_class: Any, config: GRPOConfig, peft_conf
     if peft_config is not None or config.use_peft:
         model = _with_adapters(model, peft_config, config)
     policy = Policy(model.eval(), tokenizer)
-    policy.self_check()
+    policy.self_check(share_prompts=config.share_prompts, longest=_longest(config))
+    if policy.unshared:
+        logger.info("each completion gets a copy of its prompt in the update: %s", policy.unshared)
     return policy
+
+
+def _longest(config: GRPOConfig) -> int | None:
+    """Tokens of the longest sequence that can be trained on; None = what the model's context allows."""
+    return None if config.max_prompt_length is None else config.max_prompt_length + config.max_completion_length
 
 
 def pick_device(name: str) -> torch.device:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.policy.attention import NAME, Segments, no_mask
+from fastgrpo.policy.attention import NAME, CannotShareError, Segments, SharedPrompts, no_mask
 from fastgrpo.policy.head import describe_head
 from fastgrpo.records import LMHead, PackedBatch
 
 # Largest difference of the packed logits from the model's own, relative to the largest logit.
 _CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+# What configs call dropout on attention weights.
+_DROPOUTS = ("attention_dropout", "attn_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 class Policy:
@@ -24,6 +28,7 @@ class Policy:
 
     model:     a transformers causal model or a PEFT model around one.
     tokenizer: its tokenizer.
+    unshared:  why a prompt is repeated for each of its completions, or None when they share it; `self_check` decides.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -33,6 +38,7 @@ class Policy:
         self.causal_lm = model.get_base_model() if self.is_peft else model
         self.device: torch.device = next(model.parameters()).device
         self.dtype: torch.dtype = self.causal_lm.get_input_embeddings().weight.dtype
+        self.unshared: str | None = "not checked yet"
 
     @property
     def head(self) -> LMHead:
@@ -60,14 +66,28 @@ class Policy:
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Hidden states that predict the batch's scored tokens: [N, D] of the model's dtype, differentiable."""
+        segments: Segments | SharedPrompts
+        if any(batch.completion_lengths):
+            segments = SharedPrompts(batch.prompt_lengths, batch.completion_lengths, self.device)
+        else:
+            segments = Segments(batch.prompt_lengths, self.device)
+        return self._states(batch.input_ids, batch.position_ids, segments).index_select(0, batch.predictor_index)
+
+    def _states(self, input_ids: Tensor, position_ids: Tensor, segments: Segments | SharedPrompts) -> Tensor:
+        """The last hidden states of all packed tokens: [T, D]."""
         output = self.causal_lm.get_decoder()(
-            input_ids=batch.input_ids.unsqueeze(0),
-            position_ids=batch.position_ids.unsqueeze(0),
+            input_ids=input_ids.unsqueeze(0),
+            position_ids=position_ids.unsqueeze(0),
             attention_mask=no_mask(self.device),
             use_cache=False,
-            segments=Segments(batch.lengths, self.device),
+            segments=segments,
         )
-        return output.last_hidden_state[0].index_select(0, batch.predictor_index)
+        return output.last_hidden_state[0]
+
+    @property
+    def shares(self) -> bool:
+        """Do a prompt's completions share it in the packed forward?"""
+        return self.unshared is None
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
@@ -122,32 +142,67 @@ class Policy:
             tensor.copy_(saved[name])
 
     @torch.no_grad()
-    def self_check(self) -> None:
-        """Compare a packed forward and the head's formula with the model's own logits on a few tokens.
+    def self_check(self, *, share_prompts: bool = True, longest: int | None = None) -> None:
+        """Compare packed forwards and the head's formula with the model's own logits on a few tokens.
 
-        Raises ValueError when they disagree: the model cannot be packed, or its head holds more than we know of.
+        Decides whether completions can share their prompts (`unshared`), for sequences of up to `longest` tokens (None:
+        the model's context). Raises ValueError when plain packing disagrees: the model cannot be packed, or its head
+        holds more than we know of.
         """
+        name = type(self.causal_lm).__name__
         ids = torch.arange(1, 15, device=self.device) * 7919 % self.vocab_size
         lengths = (5, 2, 7)
-        parts = ids.split(list(lengths))
-        positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
-        rows = torch.arange(len(ids), device=self.device)
-        none = rows[:0]
-        batch = PackedBatch(ids, positions, lengths, rows, ids, none, none, None, None, None, ())
         with self.mode(training=False):
             try:
-                packed = self.head.logits(self.hidden(batch)).float()
+                packed = self._check_states(ids, lengths, Segments(lengths, self.device))
             except Exception as error:
-                name = type(self.causal_lm).__name__
                 raise ValueError(f"{name} cannot run packed sequences: {type(error).__name__}: {error}") from error
-            with attention(self.causal_lm, "eager"):
-                alone = torch.cat([self.causal_lm(input_ids=p[None], use_cache=False).logits[0] for p in parts]).float()
-        difference = ((packed - alone).abs().max() / alone.abs().max().clamp(min=1.0)).item()
+            difference = self._difference(packed, self._alone(ids.split(list(lengths))))
+            if not difference <= _CHECK_TOLERANCE[self.dtype]:
+                raise ValueError(
+                    f"{name}: packed sequences give other logits than the model's own forward (relative difference "
+                    f"{difference:.1e}); its attention or LM head is of a kind that is not supported"
+                )
+            self.unshared = self._why_not_share(ids, longest) if share_prompts else "share_prompts is off"
+
+    def _why_not_share(self, ids: Tensor, longest: int | None) -> str | None:
+        """None when a prompt's completions can share it, exactly, in every layer."""
+        config = self.causal_lm.config.get_text_config()
+        if dropout := max(getattr(config, option, None) or 0.0 for option in _DROPOUTS):
+            return f"attention dropout of {dropout}"
+        completions, other, prompt = ids[:5].split([3, 2]), ids[5:9], ids[9:]
+        limit = longest or self.context_length or sys.maxsize
+        shared = SharedPrompts((5, 4), ((3, 2), ()), self.device, limit)
+        row = torch.cat([prompt, other, *completions])
+        try:
+            packed = self._check_states(row, (5, 4, 3, 2), shared, (0, 0, 5, 5))
+        except CannotShareError as error:
+            return error.reason
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        first, second = (self._alone([torch.cat([prompt, c])]) for c in completions)
+        expected = torch.cat([first[:5], self._alone([other]), first[5:], second[5:]])
+        difference = self._difference(packed, expected)
         if not difference <= _CHECK_TOLERANCE[self.dtype]:
-            raise ValueError(
-                f"{type(self.causal_lm).__name__}: packed sequences give other logits than the model's own forward "
-                f"(relative difference {difference:.1e}); its attention or LM head is of a kind that is not supported"
-            )
+            return f"other logits than the model's own forward, by {difference:.1e} of the largest"
+        return None
+
+    def _check_states(
+        self, ids: Tensor, lengths: tuple[int, ...], segments: Segments | SharedPrompts, starts: tuple[int, ...] = ()
+    ) -> Tensor:
+        """The packed forward's logits [T, V] in fp32; `starts` are the sequences' first positions, by default 0."""
+        ranges = zip(starts or [0] * len(lengths), lengths, strict=True)
+        positions = torch.cat([torch.arange(s, s + n, device=self.device) for s, n in ranges])
+        return self.head.logits(self._states(ids, positions, segments)).float()
+
+    def _alone(self, parts: Sequence[Tensor]) -> Tensor:
+        """Logits of each sequence through the stock model, one after the other: [T, V] in fp32."""
+        with attention(self.causal_lm, "eager"):
+            return torch.cat([self.causal_lm(input_ids=p[None], use_cache=False).logits[0] for p in parts]).float()
+
+    @staticmethod
+    def _difference(packed: Tensor, alone: Tensor) -> float:
+        return ((packed - alone).abs().max() / alone.abs().max().clamp(min=1.0)).item()
 
 
 class Reference:

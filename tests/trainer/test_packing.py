@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgrpo.packing import denominators, pack, select, split_minibatches
-from fastgrpo.records import Prompt, Rollout
+from fastgrpo.records import PackedBatch, Prompt, Rollout
+from fastgrpo_kernels import PackedLayout
 
 
 def _rollout(i: int, prompt: int, completion: int, **fields: object) -> Rollout:
@@ -31,6 +32,28 @@ def _rollout(i: int, prompt: int, completion: int, **fields: object) -> Rollout:
 lengths = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 30)), min_size=1, max_size=12)
 
 
+def _check_rows(batch: PackedBatch, rollouts: list[Rollout]) -> None:
+    """Every member's path through the row, from its predictors, targets and positions, is its prompt and completion."""
+    lengths = [*batch.prompt_lengths, *(n for group in batch.completion_lengths for n in group)]
+    assert len(batch.input_ids) == len(batch.position_ids) == sum(lengths)
+    for k, member in enumerate(batch.members):
+        r = rollouts[member]
+        prompt = len(r.prompt.token_ids)
+        rows = slice(int(batch.cu_seqlens[k]), int(batch.cu_seqlens[k + 1]))
+        assert batch.target[rows].tolist() == r.token_ids
+        predictor = batch.predictor_index[rows].tolist()
+        assert batch.input_ids[predictor].tolist() == [r.prompt.token_ids[-1], *r.token_ids[:-1]]
+        assert batch.position_ids[predictor].tolist() == list(range(prompt - 1, prompt + r.num_tokens - 1))
+        first = predictor[0] - prompt + 1
+        assert batch.input_ids[first : predictor[0] + 1].tolist() == r.prompt.token_ids
+        assert batch.position_ids[first : predictor[0] + 1].tolist() == list(range(prompt))
+        if r.num_tokens > 1:  # its last token is in the row too, though it predicts nothing
+            assert batch.input_ids[predictor[-1] + 1] == r.token_ids[-1]
+        assert batch.sampling_logprob is not None
+        assert torch.equal(batch.sampling_logprob[rows], r.sampling_logprob)
+        assert batch.advantage[k] == r.advantage
+
+
 @settings(max_examples=150, deadline=None)
 @given(lengths=lengths, budget=st.integers(1, 120))
 def test_every_token_once_in_its_place_within_the_budget(lengths: list[tuple[int, int]], budget: int) -> None:
@@ -38,27 +61,78 @@ def test_every_token_once_in_its_place_within_the_budget(lengths: list[tuple[int
     seen = []
     for batch in pack(rollouts, max_tokens=budget):
         assert len(batch.input_ids) <= budget or len(batch.members) == 1
-        assert len(batch.input_ids) == sum(batch.lengths)
-        start = 0
-        for k, member in enumerate(batch.members):
-            r = rollouts[member]
-            size = len(r.prompt.token_ids) + r.num_tokens
-            assert batch.lengths[k] == size
-            assert batch.input_ids[start : start + size].tolist() == [*r.prompt.token_ids, *r.token_ids]
-            assert batch.position_ids[start : start + size].tolist() == list(range(size))
-            rows = slice(int(batch.cu_seqlens[k]), int(batch.cu_seqlens[k + 1]))
-            assert batch.target[rows].tolist() == r.token_ids
-            # The row before each scored token predicts it.
-            assert batch.input_ids[batch.predictor_index[rows] + 1].tolist() == r.token_ids
-            assert batch.predictor_index[rows].tolist() == list(
-                range(start + len(r.prompt.token_ids) - 1, start + size - 1)
-            )
-            assert batch.sampling_logprob is not None
-            assert torch.equal(batch.sampling_logprob[rows], r.sampling_logprob)
-            assert batch.advantage[k] == r.advantage
-            start += size
+        sequences = [[*rollouts[m].prompt.token_ids, *rollouts[m].token_ids] for m in batch.members]
+        assert batch.input_ids.tolist() == [t for s in sequences for t in s]
+        assert batch.position_ids.tolist() == [k for s in sequences for k in range(len(s))]
+        assert batch.prompt_lengths == tuple(len(s) for s in sequences)
+        assert batch.completion_lengths == ((),) * len(sequences)
+        _check_rows(batch, rollouts)
         seen += list(batch.members)
     assert sorted(seen) == list(range(len(rollouts)))
+
+
+groups = st.lists(st.tuples(st.integers(1, 20), st.lists(st.integers(1, 12), min_size=1, max_size=6)), max_size=5)
+
+
+def _groups(lengths: list[tuple[int, list[int]]]) -> list[Rollout]:
+    """Completions of each prompt length; groups interleaved, as after a selection of rollouts by other marks."""
+    made: list[Rollout] = []
+    for g, (prompt, completions) in enumerate(lengths):
+        ids = list(range(1000 * g, 1000 * g + prompt))
+        for c in completions:
+            r = _rollout(len(made), 1, c, advantage=float(len(made)), group=g)
+            r.prompt = Prompt(g, "", list(ids))
+            made.append(r)
+    return made[::2] + made[1::2]
+
+
+@settings(max_examples=150, deadline=None)
+@given(lengths=groups, budget=st.integers(1, 120))
+def test_shared_prompts_stand_once_in_a_micro_batch(lengths: list[tuple[int, list[int]]], budget: int) -> None:
+    rollouts = _groups(lengths)
+    seen = []
+    packed = pack(rollouts, max_tokens=budget, share=True)
+    for batch in packed:
+        assert len(batch.input_ids) <= budget or len(batch.members) == 1
+        prompts = [tuple(rollouts[m].prompt.token_ids) for m in batch.members]
+        scored = sum(rollouts[m].num_tokens for m in batch.members)
+        assert len(batch.input_ids) == scored + sum(len(p) for p in set(prompts))
+        _check_rows(batch, rollouts)
+        # The indices are those of the layout that attention works on, where all prompts are shared.
+        layout = PackedLayout(batch.prompt_lengths, batch.completion_lengths)
+        assert torch.equal(layout.position_ids, batch.position_ids)
+        if all(batch.completion_lengths):
+            assert torch.equal(layout.predictor_index, batch.predictor_index)
+            assert torch.equal(layout.cu_seqlens, batch.cu_seqlens)
+        assert all(len(group) != 1 for group in batch.completion_lengths)
+        seen += list(batch.members)
+    assert sorted(seen) == list(range(len(rollouts)))
+    assert [b.members for b in packed] == [b.members for b in pack(rollouts, max_tokens=budget, share=True)]
+
+
+def test_a_group_over_the_budget_is_parted_and_one_within_it_is_not() -> None:
+    rollouts = _groups([(10, [5, 5, 5, 5]), (4, [3, 3])])
+    sizes = {n: [len(b.input_ids) for b in pack(rollouts, max_tokens=n, share=True)] for n in (40, 30, 29, 20, 9)}
+    assert sizes == {40: [40], 30: [30, 10], 29: [25, 25], 20: [20, 20, 10], 9: [15, 15, 15, 15, 7, 7]}
+    [first, second] = pack(rollouts, max_tokens=20, share=True)[:2]
+    assert {rollouts[m].group for m in first.members} == {rollouts[m].group for m in second.members} == {0}
+
+
+def test_sharing_goes_by_the_prompts_tokens_not_by_the_groups_number() -> None:
+    rollouts = _groups([(5, [2, 3])])
+    rollouts[1].prompt = Prompt(0, "", [9, 9, 9, 9, 9])
+    [batch] = pack(rollouts, max_tokens=100, share=True)
+    assert batch.completion_lengths == ((), ())
+    assert len(batch.input_ids) == 15
+
+
+def test_without_shared_prompts_sharing_changes_nothing() -> None:
+    rollouts = [_rollout(i, 3 + i, 9 - i) for i in range(6)]
+    for plain, shared in zip(*(pack(rollouts, max_tokens=30, share=share) for share in (False, True)), strict=True):
+        for name in ("input_ids", "position_ids", "predictor_index", "target", "cu_seqlens"):
+            assert torch.equal(getattr(plain, name), getattr(shared, name))
+        assert plain.members == shared.members
+        assert plain.completion_lengths == shared.completion_lengths
 
 
 def test_dtypes_and_missing_logprobs() -> None:

@@ -174,8 +174,8 @@ def shared_attention(
     Shapes as in `packed_attention`. Raises CannotShareError for dropout, a softcap, a window shorter than the longest
     sequence, and tensors that no flash attention takes.
     """
+    from fastgrpo_kernels import shared_prefix_attention
     from fastgrpo_kernels.shared_prefix_attention import backends
-    from fastgrpo_kernels.shared_prefix_attention.op import shared_prefix_attention
     from fastgrpo_kernels.shared_prefix_attention.options import Options
 
     if dropout:

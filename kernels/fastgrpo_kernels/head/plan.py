@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
@@ -50,6 +50,7 @@ ROW_TILE = 128
 # The cost model, for an H200 (measured there: 790 TFLOP/s of bf16, 4.3 TB/s of copies; efficiencies are predictions).
 _GEMM_RATE, _BANDWIDTH, _EPILOGUE_EFFICIENCY = 750e12, 3.65e12, 0.85
 
+Method = Literal["epilogue", "single_read", "two_read"]
 Reach = Literal["token", "sequence", "batch", "unknown"]
 _LOG = logging.getLogger(__name__)
 _WATCHING: ContextVar[list[HeadPlan] | None] = ContextVar("watching", default=None)
@@ -85,7 +86,7 @@ class HeadPlan:
     """
 
     schedule: Literal["forward", "fused", "per_row", "recomputed"]
-    method: Literal["epilogue", "single_read", "two_read"]
+    method: Method
     windows: list[slice]
     chunk_rows: int
     logit_rows: int
@@ -140,7 +141,7 @@ def plan_head(
     return plan
 
 
-def _method(problem: HeadProblem, asked: str) -> tuple[Literal["epilogue", "single_read", "two_read"], str]:
+def _method(problem: HeadProblem, asked: str) -> tuple[Method, str]:
     if not problem.on_device:
         if asked not in ("", "two_read"):
             raise ValueError(f"schedule: expected two_read, recomputed or None without a GPU, got {asked!r}")
@@ -153,12 +154,8 @@ def _method(problem: HeadProblem, asked: str) -> tuple[Literal["epilogue", "sing
             f"schedule: expected two_read or recomputed for an entropy gradient or a dtype other than bfloat16, "
             f"got {asked!r}"
         )
-    if asked == "epilogue":
-        return "epilogue", "asked for"
-    if asked == "single_read":
-        return "single_read", "asked for"
-    if asked == "two_read":
-        return "two_read", "asked for"
+    if asked:
+        return cast(Method, asked), "asked for"
     if exact:
         return "two_read", "entropy gradient" if problem.entropy_gradient else f"{problem.dtype} gradients"
     if problem.tensor_copies:
@@ -187,9 +184,9 @@ def _schedule(
         return "recomputed", even, "asked for"
     frozen = not problem.trainable and not problem.entropy_gradient
     if problem.reach == "unknown":
-        return (
-            ("per_row", even, "the weight is frozen") if frozen else ("recomputed", even, "the loss is not known here")
-        )
+        if not frozen:
+            return "recomputed", even, "the loss is not known here"
+        return "per_row", even, "the weight is frozen"
     if len(even) == 1:
         return "fused", even, "all rows fit a window"
     if problem.reach == "token":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from fastgrpo.options import (
@@ -40,7 +40,7 @@ _POSITIVE = (
     *("reward_timeout", "delta", "sampling_clip_max", "sapo_temperature_pos", "sapo_temperature_neg"),
     *("ref_model_sync_steps", "num_iterations", "num_minibatches", "max_tokens_per_microbatch", "adam_epsilon"),
     *("max_skipped_steps", "eval_max_prompts", "eval_num_generations", "eval_temperature"),
-    *("eval_max_completion_length", "save_total_limit"),
+    *("eval_max_completion_length", "save_total_limit", "gradient_checkpointing_every"),
 )
 _NOT_NEGATIVE = (
     *("seed", "epsilon", "epsilon_high", "beta", "sampling_clip_min", "learning_rate", "warmup_steps"),
@@ -96,6 +96,10 @@ class GRPOConfig(
         if self.advantage_baseline == "none" and self.scale_rewards == "group":
             raise ConfigError(
                 'scale_rewards=group needs a baseline; with advantage_baseline=none use "batch" or "none"'
+            )
+        if self.gradient_checkpointing_every > 1 and not self.gradient_checkpointing:
+            raise ConfigError(
+                f"gradient_checkpointing_every={self.gradient_checkpointing_every} needs gradient_checkpointing=true"
             )
         if self.num_minibatches > self.num_prompts_per_step:
             raise ConfigError(
@@ -170,6 +174,8 @@ def decisive_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     free = FREE_ON_RESUME
     if new.get("lr_scheduler_type") != "constant":
         free = free - {"max_steps", "num_train_epochs"}  # the learning rate's course hangs on the last step
+    # An option that did not exist when the run was saved has its default there.
+    old = {f.name: f.default for f in fields(RunConfig) if f.name in new and f.default is not MISSING} | old
     names = [n for n in {**old, **new} if n not in free]
     return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
 

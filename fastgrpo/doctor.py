@@ -23,7 +23,7 @@ def describe_machine() -> str:
     lines += [f"  {name:<14}{_version(name) or 'MISSING: reinstall fastgrpo'}" for name in _REQUIRED]
     for name, (brings, command) in _OPTIONAL.items():
         lines.append(f"  {name:<14}{_version(name) or f'not installed; brings {brings}: {command}'}")
-    return "\n".join([*lines, "", *_devices()])
+    return "\n".join([*lines, "", *_devices(), "", *_attention()])
 
 
 def _version(name: str) -> str | None:
@@ -51,3 +51,15 @@ def _devices() -> list[str]:
     if torch.cuda.device_count() > 1:
         lines.append("                one of them is used: several GPUs are not supported yet")
     return lines
+
+
+def _attention() -> list[str]:
+    """What the update's attention runs on, the best first."""
+    import torch
+
+    from fastgrpo_kernels import attention_backends
+
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    return ["attention in the update"] + [
+        f"  {device:<8}{name:<14}{status}" for device in devices for name, status in attention_backends(device)
+    ]

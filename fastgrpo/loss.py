@@ -16,7 +16,7 @@ def policy_loss(
     config: LossConfig,
     temperature: float,
     whole: Denominators,
-    entropy_threshold: float | None = None,
+    entropy_threshold: float | Tensor | None = None,
 ) -> LossOutput:
     """The batch's share of the update's loss; shares add up to the loss of the whole update batch.
 

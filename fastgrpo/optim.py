@@ -81,22 +81,24 @@ class Optimizer:
                 p.grad.zero_()
 
     @torch.no_grad()
-    def step(self, rate: float) -> tuple[float, bool]:
-        """Clip and apply; returns (gradient norm before clipping, applied). A non-finite norm changes nothing."""
-        gradients = [p.grad for p in self._masters if p.grad is not None]
-        norm_tensor = torch.nn.utils.get_total_norm(gradients)
-        norm = norm_tensor.item()
+    def norm(self) -> Tensor:
+        """The 2-norm of the whole gradient before clipping, 0-d, on the device."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self._masters if p.grad is not None])
+
+    @torch.no_grad()
+    def step(self, rate: float, norm: float) -> bool:
+        """Clip to the limit, given the gradient's `norm`, and apply; a non-finite norm changes nothing: False."""
         applied = math.isfinite(norm)
         if applied:
             if self._max_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(self._masters, self._max_norm, norm_tensor)
+                torch.nn.utils.clip_grads_with_norm_(self._masters, self._max_norm, torch.tensor(norm))
             for group in self.torch_optimizer.param_groups:
                 group["lr"] = rate
             self.torch_optimizer.step()
             for parameter, master in self._pairs:
                 parameter.copy_(master)
         self.zero_grad()
-        return norm, applied
+        return applied
 
     def masters(self) -> dict[str, Tensor]:
         """The fp32 weights that the model's own do not already hold, by place; empty for an fp32 model."""

@@ -72,6 +72,8 @@ class ModelOptions:
         trust_remote_code: Run the code a hub repository ships with its model.
         model_revision: Branch, tag or commit of the model on the hub.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        gradient_checkpointing_every: With it, only every so many layers are recomputed: 2 = half the layers, at half
+            the price. docs/update.md says what it saves.
         use_peft: Train LoRA adapters instead of the whole model (needs the extra "peft").
         lora_r: Rank of the adapters.
         lora_alpha: Scale of the adapters (the update is multiplied by lora_alpha / lora_r).
@@ -86,6 +88,7 @@ class ModelOptions:
     trust_remote_code: bool = False
     model_revision: str | None = None
     gradient_checkpointing: bool = False
+    gradient_checkpointing_every: int = 1
     use_peft: bool = False
     lora_r: int = 16
     lora_alpha: int = 32

@@ -1,6 +1,6 @@
 """Rollouts -> PackedBatches: no padding, a shared prompt once, under a token budget, nothing without a gradient.
 
-Micro-batches are filled by tokens, not balanced by their work in attention.
+As few micro-batches as the budget allows, weighed against one another by the work they make.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.records import Denominators, PackedBatch, Rollout
+from fastgrpo.records import Denominators, PackedBatch, Rollout, Work
+from fastgrpo_kernels import PackedLayout
+
+_TOKENS = Work(per_token=1.0, per_scored=0.0, attention=())
 
 
 def trains(rollout: Rollout, *, mask_truncated: bool) -> bool:
@@ -32,13 +35,19 @@ def select(rollouts: list[Rollout], *, mask_truncated: bool, skip_zero: bool) ->
     return [r for r in rollouts if trains(r, mask_truncated=mask_truncated) and not (skip_zero and r.advantage == 0.0)]
 
 
-def pack(rollouts: list[Rollout], *, max_tokens: int, share: bool = False) -> list[PackedBatch]:
+def pack(rollouts: list[Rollout], *, max_tokens: int, share: bool = False, work: Work = _TOKENS) -> list[PackedBatch]:
     """Cut into micro-batches of at most `max_tokens` tokens, on the CPU; one longer sequence goes alone.
 
     share: completions of the same prompt tokens go together, and their prompt is there once in each micro-batch; they
     are parted, and the prompt repeated, only where they exceed the budget.
-    First fit by falling size: few micro-batches, and the same ones for the same rollouts.
+    work: what tokens cost; the micro-batches, no more of them than the tokens ask for, are to cost the same.
+    The same rollouts give the same micro-batches. Raises ValueError, with the numbers, for a budget below 1, a prompt
+    or completion without tokens, and log-probs that are not one per token.
     """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    for i, r in enumerate(rollouts):
+        _check(i, r)
     prompts = [len(r.prompt.token_ids) for r in rollouts]
     families: dict[Any, list[int]] = {}
     for i, r in enumerate(rollouts):
@@ -47,12 +56,41 @@ def pack(rollouts: list[Rollout], *, max_tokens: int, share: bool = False) -> li
     for family in families.values():
         parts = _first_fit([rollouts[i].num_tokens for i in family], max_tokens - prompts[family[0]])
         units += [[family[k] for k in part] for part in parts]
-    sizes = [prompts[unit[0]] + sum(rollouts[i].num_tokens for i in unit) for unit in units]
-    return [_pack_one(rollouts, [units[u] for u in chosen]) for chosen in _first_fit(sizes, max_tokens)]
+    lengths = [[rollouts[i].num_tokens for i in unit] for unit in units]
+    sizes = [prompts[unit[0]] + sum(tokens) for unit, tokens in zip(units, lengths, strict=True)]
+    costs = [work.of(prompts[unit[0]], tokens) for unit, tokens in zip(units, lengths, strict=True)]
+    bins = _balanced(sizes, costs, max_tokens)
+    return [_pack_one(rollouts, [units[u] for u in chosen], sum(costs[u] for u in chosen)) for chosen in bins]
+
+
+def _check(i: int, rollout: Rollout) -> None:
+    tokens = rollout.num_tokens
+    if not rollout.prompt.token_ids or not tokens:
+        raise ValueError(
+            f"rollouts[{i}]: a prompt of {len(rollout.prompt.token_ids)} tokens and a completion of {tokens}, but both "
+            "must have one at least"
+        )
+    for name in ("sampling_logprob", "old_logprob", "ref_logprob"):
+        logprob = getattr(rollout, name)
+        if logprob is not None and tuple(logprob.shape) != (tokens,):
+            raise ValueError(f"rollouts[{i}].{name}: {list(logprob.shape)} log-probs for {tokens} tokens")
+
+
+def _balanced(sizes: list[int], costs: list[float], capacity: int) -> list[list[int]]:
+    """Bins as of `_first_fit`, no more of them, that cost about the same: whichever way makes the costliest cheaper."""
+    fewest = _first_fit(sizes, capacity)
+    balanced = _least_work(sizes, costs, capacity, len(fewest))
+    if balanced is None or _costliest(fewest, costs) <= _costliest(balanced, costs):
+        return fewest
+    return balanced
+
+
+def _costliest(bins: list[list[int]], costs: list[float]) -> float:
+    return max((sum(costs[i] for i in members) for members in bins), default=0.0)
 
 
 def _first_fit(sizes: list[int], capacity: int) -> list[list[int]]:
-    """Bins of indices, ascending in each, whose sizes sum to at most `capacity`; a larger one has a bin to itself."""
+    """Bins of indices, ascending in each, of sizes up to `capacity` in sum; a larger one has a bin to itself."""
     bins: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -66,36 +104,48 @@ def _first_fit(sizes: list[int], capacity: int) -> list[list[int]]:
     return [sorted(members) for members in bins]
 
 
-def _pack_one(rollouts: list[Rollout], units: list[list[int]]) -> PackedBatch:
+def _least_work(sizes: list[int], costs: list[float], capacity: int, count: int) -> list[list[int]] | None:
+    """Longest processing time first (Graham 1969) with a capacity. None where an item is left without a place."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    room = [capacity] * count
+    load = [0.0] * count
+    for i in sorted(range(len(sizes)), key=lambda i: -costs[i]):
+        places = [b for b in range(count) if room[b] >= sizes[i] or not bins[b]]
+        if not places:
+            return None
+        place = min(places, key=lambda b: load[b])
+        bins[place].append(i)
+        room[place] -= sizes[i]
+        load[place] += costs[i]
+    return [sorted(members) for members in bins if members]
+
+
+def _pack_one(rollouts: list[Rollout], units: list[list[int]], work: float) -> PackedBatch:
     """units: the completions that share a prompt, or one alone, which is then one plain sequence with its prompt."""
     shared = [[rollouts[i] for i in unit] for unit in units if len(unit) > 1]
     members = [unit[0] for unit in units if len(unit) == 1] + [i for unit in units if len(unit) > 1 for i in unit]
     chosen = [rollouts[i] for i in members]
     alone = chosen[: len(units) - len(shared)]
     prompts = [group[0].prompt.token_ids for group in shared] + [[*r.prompt.token_ids, *r.token_ids] for r in alone]
-    prompt_lengths = [len(ids) for ids in prompts]
-    ends = list(accumulate(prompt_lengths))
+    ends = list(accumulate(len(ids) for ids in prompts))
 
     # Per completion: the row that predicts its first token, and the row that token stands in.
     before = [end - r.num_tokens - 1 for end, r in zip(ends[len(shared) :], alone, strict=True)]
     first = [row + 1 for row in before]
-    sizes = [r.num_tokens for group in shared for r in group]
     before += [end - 1 for end, group in zip(ends, shared, strict=False) for _ in group]
-    first += list(accumulate(sizes, initial=ends[-1]))[:-1]
+    first += list(accumulate((r.num_tokens for group in shared for r in group), initial=ends[-1]))[:-1]
 
     completions = torch.tensor([r.num_tokens for r in chosen])
     cu_seqlens = torch.zeros(len(chosen) + 1, dtype=torch.int32)
     cu_seqlens[1:] = completions.cumsum(0)
     predictor = _ranges(torch.tensor(first) - 1, completions)
-    written = completions > 0
-    predictor[cu_seqlens[:-1][written].long()] = torch.tensor(before)[written]
-    starts = [0] * len(prompts) + [len(group[0].prompt.token_ids) for group in shared for _ in group]
+    predictor[cu_seqlens[:-1].long()] = torch.tensor(before)
     tokens = [t for ids in prompts for t in ids] + [t for group in shared for r in group for t in r.token_ids]
     return PackedBatch(
         input_ids=torch.tensor(tokens, dtype=torch.int64),
-        position_ids=_ranges(torch.tensor(starts), torch.tensor([*prompt_lengths, *sizes])),
-        prompt_lengths=tuple(prompt_lengths),
-        completion_lengths=(*(tuple(r.num_tokens for r in group) for group in shared), *[()] * len(alone)),
+        layout=PackedLayout(
+            [len(ids) for ids in prompts], [[r.num_tokens for r in group] for group in shared] + [[]] * len(alone)
+        ),
         predictor_index=predictor,
         target=torch.tensor([t for r in chosen for t in r.token_ids], dtype=torch.int64),
         cu_seqlens=cu_seqlens,
@@ -104,6 +154,7 @@ def _pack_one(rollouts: list[Rollout], units: list[list[int]]) -> PackedBatch:
         ref_logprob=_joined([r.ref_logprob for r in chosen]),
         sampling_logprob=_joined([r.sampling_logprob for r in chosen]),
         members=tuple(members),
+        work=work,
     )
 
 

@@ -8,10 +8,13 @@ Stages never import one another; they meet here. Only torch and the standard lib
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastgrpo_kernels import PackedLayout
 
 Message = dict[str, Any]
 """One chat message: `{"role": ..., "content": ...}`."""
@@ -109,6 +112,34 @@ class Denominators:
     num_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a forward pass costs, in FLOPs: how packing weighs one micro-batch against another.
+
+    per_token:  the decoder's matrix products, for every packed token.
+    per_scored: the LM head's, for every token that is scored.
+    attention:  per (window, FLOPs of a query with a key): the layers of one window (None: a query sees all before it).
+    """
+
+    per_token: float
+    per_scored: float
+    attention: tuple[tuple[int | None, float], ...]
+
+    def of(self, prompt: int, completions: list[int]) -> float:
+        """The FLOPs of a prompt and the completions that share it, all of whose tokens are scored."""
+        tokens, attended = sum(completions), 0.0
+        for window, flops in self.attention:
+            own = _pairs(prompt, window)
+            attended += flops * (own + sum(_pairs(prompt + c, window) - own for c in completions))
+        return self.per_token * (prompt + tokens) + self.per_scored * tokens + attended
+
+
+def _pairs(length: int, window: int | None) -> int:
+    """Queries with the keys they see, in a causal sequence."""
+    ramp = length if window is None else min(length, window)
+    return ramp * (ramp + 1) // 2 + (length - ramp) * ramp
+
+
 @dataclass(slots=True)
 class PackedBatch:
     """One micro-batch: T tokens in one row without padding, N of them scored, S completions.
@@ -117,21 +148,18 @@ class PackedBatch:
     first shared prompt, of the second, ... A sequence that shares nothing counts as a prompt without completions.
 
     input_ids:        [T] int64.
-    position_ids:     [T] int64, from 0 in every prompt; each completion goes on from its prompt.
-    prompt_lengths, completion_lengths: the tokens of each prompt, and per prompt of each completion that shares it, on
-                      the host. They sum to T and tell attention what sees what, as in `fastgrpo_kernels.PackedLayout`.
+    layout:           which rows are which prompt and completion, for attention, and their positions.
     predictor_index:  [N] int64, the row whose hidden state predicts each scored token.
     target:           [N] int64, the scored tokens.
     cu_seqlens:       [S+1] int32, completion s owns rows cu_seqlens[s]:cu_seqlens[s+1] of the N.
     advantage:        [S] fp32.
     old_logprob, ref_logprob, sampling_logprob: [N] fp32 or None.
     members:          position of each completion in the list that was packed.
+    work:             FLOPs of its forward pass; tokens where no `Work` was given.
     """
 
     input_ids: Tensor
-    position_ids: Tensor
-    prompt_lengths: tuple[int, ...]
-    completion_lengths: tuple[tuple[int, ...], ...]
+    layout: PackedLayout
     predictor_index: Tensor
     target: Tensor
     cu_seqlens: Tensor
@@ -140,12 +168,20 @@ class PackedBatch:
     ref_logprob: Tensor | None
     sampling_logprob: Tensor | None
     members: tuple[int, ...]
+    work: float
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the batch and its layout."""
+        own = (getattr(self, field.name) for field in fields(self))
+        return [x for x in own if isinstance(x, Tensor)] + self.layout.tensors()
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch with every tensor on `device`."""
+        """The same batch with every tensor on `device`; from the CPU to a GPU without waiting for either."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {n: v.to(device, non_blocking=True) for n, v in values.items() if isinstance(v, Tensor)}
-        return PackedBatch(**values | moved)
+        pin = device.type == "cuda" and self.input_ids.device.type == "cpu"
+        tensors = {name: x.pin_memory() if pin else x for name, x in values.items() if isinstance(x, Tensor)}
+        moved = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
+        return PackedBatch(**values | moved | {"layout": self.layout.to(device)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -318,6 +318,8 @@ class GRPOTrainer:
         self.recorder = Recorder(self.directory, config, options, self.policy.device, self.state.step, self.total_steps)
         if checkpoint is not None:
             self.recorder.message(f"going on from {checkpoint}")
+        for note in self.updater.notes():
+            self.recorder.message(note)
         self._mark_boundary()
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -28,6 +29,7 @@ class Updater:
         self.config = config
         self.loss_config = config.loss_config()
         self._peak_flops = _peak_flops(policy.device)
+        self._work = policy.work
         # Exact only when a zero advantage means a zero gradient: docs/losses.md.
         self.skip_zero = (
             config.skip_zero_advantage
@@ -35,6 +37,20 @@ class Updater:
             and config.entropy_coef == 0
             and config.top_entropy_quantile == 1
         )
+
+    def notes(self) -> list[str]:
+        """What a user should know of how these options and this model go together."""
+        notes = []
+        config = self.config
+        if config.share_prompts and self.policy.unshared:
+            notes.append(f"each completion gets a copy of its prompt in the update: {self.policy.unshared}")
+        longest = (config.max_prompt_length or 1) + config.max_completion_length
+        if longest > config.max_tokens_per_microbatch:
+            notes.append(
+                f"max_tokens_per_microbatch={config.max_tokens_per_microbatch} is less than a sequence may have, "
+                f"{longest}: a longer one goes alone, and needs the memory of its length"
+            )
+        return notes
 
     def prepare(self, batch: RolloutBatch) -> None:
         """What must be known before the policy moves: reference log-probs, and old ones where they will be needed.
@@ -60,58 +76,51 @@ class Updater:
         chosen = self._select(minibatch)
         packed = self._pack(chosen)
         threshold = self._entropy_threshold(packed)
-        outputs = [self._backward(p, chosen, whole, threshold) for p in packed]
-        norm, applied = self.optimizer.step(rate)
+        with self.policy.mode(training=True):
+            outputs = [self._backward(placed, whole, threshold) for placed in self.policy.placed(packed)]
+        loss = torch.stack([torch.zeros((), device=self.policy.device), *(o.loss.detach() for o in outputs)]).sum()
+        # The one wait of the step: until here the host runs ahead of the device.
+        figures = LossOutput.reduce([*outputs, {"loss": loss.double(), "grad_norm": self.optimizer.norm().double()}])
+        applied = self.optimizer.step(rate, figures["grad_norm"])
+        if self.config.num_iterations > 1 and packed and packed[0].old_logprob is None:
+            _scatter([o.logprob for o in outputs], packed, chosen, "old_logprob")
         batch.used += 1
         seconds = time.perf_counter() - started
-        metrics = {
-            **self._loss_metrics(outputs),
-            **self._token_metrics(packed, chosen, minibatch, seconds),
-            "grad_norm": norm,
-            "lr": rate,
-            "perf/update_time": seconds,
-        }
-        return metrics, applied
+        return figures | self._token_metrics(packed, chosen, minibatch, seconds) | {"lr": rate}, applied
 
     def _select(self, rollouts: list[Rollout]) -> list[Rollout]:
         return packing.select(rollouts, mask_truncated=self.config.mask_truncated_completions, skip_zero=self.skip_zero)
 
     def _pack(self, rollouts: list[Rollout]) -> list[PackedBatch]:
-        return packing.pack(rollouts, max_tokens=self.config.max_tokens_per_microbatch, share=self.policy.shares)
+        budget = self.config.max_tokens_per_microbatch
+        return packing.pack(rollouts, max_tokens=budget, share=self.policy.shares, work=self._work)
 
-    def _backward(
-        self, packed: PackedBatch, chosen: list[Rollout], whole: Denominators, threshold: float | None
-    ) -> LossOutput:
-        device = self.policy.device
-        with self.policy.mode(training=True):
-            moved = packed.to(device)
-            output = policy_loss(
-                self.policy.hidden(moved),
-                self.policy.head,
-                moved,
-                config=self.loss_config,
-                temperature=self.config.temperature,
-                whole=whole,
-                entropy_threshold=threshold,
-            )
-            output.loss.backward()
-        if self.config.num_iterations > 1 and packed.old_logprob is None:
-            _scatter(output.logprob.cpu(), packed, chosen, "old_logprob")
+    def _backward(self, placed: PackedBatch, whole: Denominators, threshold: Tensor | None) -> LossOutput:
+        output = policy_loss(
+            self.policy.hidden(placed),
+            self.policy.head,
+            placed,
+            config=self.loss_config,
+            temperature=self.config.temperature,
+            whole=whole,
+            entropy_threshold=threshold,
+        )
+        output.loss.backward()
         return output
 
     def _fill(self, name: str, rollouts: list[Rollout], model: Policy | Reference) -> None:
         """Set `old_logprob` or `ref_logprob` of the rollouts, without gradients."""
-        for packed in self._pack(rollouts):
-            logprob = model.logprobs(packed.to(self.policy.device), self.config.temperature)[0]
-            _scatter(logprob, packed, rollouts, name)
+        packed = self._pack(rollouts)
+        placed = self.policy.placed(packed)
+        _scatter([model.logprobs(p, self.config.temperature)[0] for p in placed], packed, rollouts, name)
 
-    def _entropy_threshold(self, packed: list[PackedBatch]) -> float | None:
+    def _entropy_threshold(self, packed: list[PackedBatch]) -> Tensor | None:
         """The quantile of the minibatch's entropies under the policy that starts the step; see docs/losses.md."""
         if self.config.top_entropy_quantile == 1 or not packed:
             return None
         temperature = self.config.temperature
-        entropies = [self.policy.logprobs(p.to(self.policy.device), temperature)[1] for p in packed]
-        return torch.quantile(torch.cat(entropies).double(), 1 - self.config.top_entropy_quantile).item()
+        entropies = [self.policy.logprobs(placed, temperature)[1] for placed in self.policy.placed(packed)]
+        return _quantile(torch.cat(entropies).double(), 1 - self.config.top_entropy_quantile)
 
     def _token_metrics(
         self, packed: list[PackedBatch], chosen: list[Rollout], minibatch: list[Rollout], seconds: float
@@ -119,23 +128,29 @@ class Updater:
         """What was computed, and how fast."""
         needed, total = (sum(r.num_tokens + len(r.prompt.token_ids) for r in rs) for rs in (chosen, minibatch))
         sizes = [len(p.input_ids) for p in packed]
+        work = [p.work for p in packed]
         computed = sum(sizes)
         metrics = {
+            "perf/update_time": seconds,
             "perf/microbatches": float(len(packed)),
             "perf/skipped_token_fraction": 1 - needed / total if total else 0.0,
-            # Against as many micro-batches of the longest one's length, and against every prompt once per completion.
+            # Against as many micro-batches of the longest one's length, and of the costliest one's work.
             "perf/packing_efficiency": computed / (len(sizes) * max(sizes)) if sizes else 1.0,
+            "perf/microbatch_balance": sum(work) / (len(work) * max(work)) if work else 1.0,
+            # Against every prompt once per completion.
             "perf/prompt_sharing_ratio": needed / computed if computed else 1.0,
         }
         if self._peak_flops:
             metrics["perf/mfu"] = 6 * self.policy.num_parameters * computed / seconds / self._peak_flops
         return metrics
 
-    def _loss_metrics(self, outputs: list[LossOutput]) -> dict[str, float]:
-        if not outputs:
-            return {"loss": 0.0}
-        total = torch.stack([o.loss.detach() for o in outputs]).sum()
-        return {"loss": total.item(), **{k: float(v) for k, v in LossOutput.reduce(outputs).items()}}
+
+def _quantile(values: Tensor, q: float) -> Tensor:
+    """`torch.quantile`, without its limit of 2^24 values and without a wait."""
+    place = q * (len(values) - 1)
+    low, high = math.floor(place), math.ceil(place)
+    ordered = values.sort().values
+    return torch.lerp(ordered[low], ordered[high], place - low)
 
 
 def _peak_flops(device: torch.device) -> float | None:
@@ -146,8 +161,11 @@ def _peak_flops(device: torch.device) -> float | None:
     return next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None)
 
 
-def _scatter(values: Tensor, packed: PackedBatch, rollouts: list[Rollout], name: str) -> None:
-    """Hand [N] values back to the completions they belong to."""
-    parts = values.split(packed.cu_seqlens.diff().tolist())
-    for member, part in zip(packed.members, parts, strict=True):
+def _scatter(values: list[Tensor], packed: list[PackedBatch], rollouts: list[Rollout], name: str) -> None:
+    """Hand each micro-batch's [N] values back to the completions they belong to, on the CPU."""
+    if not values:
+        return
+    lengths = [rollouts[member].num_tokens for batch in packed for member in batch.members]
+    members = [member for batch in packed for member in batch.members]
+    for member, part in zip(members, torch.cat(values).cpu().split(lengths), strict=True):
         setattr(rollouts[member], name, part.clone())

@@ -1,4 +1,4 @@
-"""docs/ops.md: its examples run and print what it shows; what it names exists. Each section runs on its own."""
+"""docs/ops.md, docs/update.md: examples run and print what is shown; what is named exists. Each section runs alone."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _TEXT = (_DOCS / "ops.md").read_text()
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 
 
-def _sections() -> dict[str, str]:
+def _sections(text: str) -> dict[str, str]:
     """Text by heading; a `###` belongs to the `##` before it."""
-    parts = re.split(r"^##? (.+)\n", _TEXT, flags=re.MULTILINE)
+    parts = re.split(r"^##? (.+)\n", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
@@ -30,7 +30,8 @@ def _examples(text: str) -> str:
     return "\n".join(code for language, code in _BLOCK.findall(text) if language == "pycon")
 
 
-_SECTIONS = _sections()
+_UPDATE = (_DOCS / "update.md").read_text()
+_SECTIONS = _sections(_TEXT)
 _INTRODUCTION, *_OTHERS = (name for name, text in _SECTIONS.items() if ">>>" in text)
 
 
@@ -39,12 +40,22 @@ def test_examples(name: str) -> None:
     code = _examples(_SECTIONS[name])
     if "from peft" in code:
         pytest.importorskip("peft")
+    _run([(_examples(_SECTIONS[_INTRODUCTION]), _INTRODUCTION), (code, name)], "docs/ops.md")
+
+
+@pytest.mark.parametrize("name", [name for name, text in _sections(_UPDATE).items() if ">>>" in text])
+def test_examples_of_the_update(name: str) -> None:
+    _run([(_examples(_sections(_UPDATE)[name]), name)], "docs/update.md")
+
+
+def _run(parts: list[tuple[str, str]], file: str) -> None:
+    """Each (examples, title) with the names of those before it."""
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     parser, runner = doctest.DocTestParser(), doctest.DocTestRunner()
     report: list[str] = []
-    for source, title in ((_examples(_SECTIONS[_INTRODUCTION]), _INTRODUCTION), (code, name)):
-        test = parser.get_doctest(source, names, title, "docs/ops.md", 0)
+    for source, title in parts:
+        test = parser.get_doctest(source, names, title, file, 0)
         assert test.examples, title
         runner.run(test, out=report.append, clear_globs=False)
         names = test.globs
@@ -96,11 +107,12 @@ def test_compiled_and_checkpointed_it_is_the_same() -> None:
         assert all(map(torch.equal, plain, torch.autograd.grad(other, (hidden, weight))))
 
 
-def test_links_lead_somewhere() -> None:
-    for path, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)]*)\)", _TEXT):
+@pytest.mark.parametrize("page", ["ops.md", "update.md", "losses.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    for path, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)]*)\)", (_DOCS / page).read_text()):
         if path.startswith("http"):
             continue
-        file = _DOCS / path if path else _DOCS / "ops.md"
+        file = _DOCS / path if path else _DOCS / page
         assert file.exists(), path
         if anchor:
             headings = re.findall(r"^#+ (.+)$", file.read_text(), flags=re.MULTILINE)

@@ -1,21 +1,25 @@
 """Attention over packed sequences, registered with transformers under the name "fastgrpo".
 
-A packed forward passes `segments=` to the model: `Segments(lengths)`, or `SharedPrompts(...)` where completions share
-their prompts. transformers hands that keyword to every layer's attention, also under gradient checkpointing. Without it
-(ordinary generation) the call is transformers' own sdpa.
+A packed forward passes `packed=` to the model, a `Packed`: which rows are which prompt and completion. transformers
+hands that keyword to every layer's attention, also under gradient checkpointing. Without it (ordinary generation) the
+call is transformers' own sdpa.
 
-Segments: sequences of like length are gathered into one padded call of torch's scaled_dot_product_attention. With the
-padding on the right, causality alone keeps real tokens from seeing it, so the result is exact and needs no mask.
-SharedPrompts: `fastgrpo_kernels`' shared_prefix_attention on views; what that cannot do exactly or fast is refused.
+Packed rows go through `fastgrpo_kernels`' shared_prefix_attention, on views, whether or not they share prompts. What it
+cannot do, or only slowly (dropout; a softcap or fp32 on most machines), is refused for shared prompts; otherwise
+sequences of like length are gathered into one padded call of torch's scaled_dot_product_attention. With the padding on
+the right, causality alone keeps real tokens from seeing it, so the result is exact and needs no mask.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastgrpo_kernels import PackedLayout, shared_prefix_attention, why_not_flash
 
 NAME = "fastgrpo"
 
@@ -23,35 +27,51 @@ NAME = "fastgrpo"
 _BUCKET_RATIO = 0.75
 
 
-class Segments:
-    """Where each packed sequence begins and ends, with the gather indices every layer shares.
+class Packed:
+    """What every layer's attention is told, and what the layers that need it share.
 
-    lengths: tokens per sequence, in packing order, on the host. Raises ValueError when one is not positive.
+    layout:  the prompts and completions, on the device of the model.
+    longest: the longest sequence that a sliding window must not cut; by default the longest one here.
+    windows: a list, to be told the sliding window of every call of attention; the self-check asks.
+    """
+
+    def __init__(self, layout: PackedLayout, longest: int = 0) -> None:
+        self.layout = layout
+        self.longest = max(longest, layout.longest)
+        self.windows: list[int | None] | None = None
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        """Only of sequences that share nothing."""
+        return Buckets(self.layout.prompt_lengths, self.layout.position_ids.device)
+
+
+class Buckets:
+    """Packed sequences gathered by length.
+
+    lengths: tokens per sequence, in packing order.
+    rows: each bucket's packed rows [B, L] to gather; padding points at the sequence's last token.
+    back: where each packed row stands among the rows of all buckets laid end to end.
     """
 
     def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
-        if not lengths or min(lengths) < 1:
-            raise ValueError(f"lengths must be positive, one per sequence; got {lengths}")
-        self.total = sum(lengths)
         self.equal = min(lengths) == max(lengths)
         sizes = torch.tensor(lengths)
         starts = sizes.cumsum(0) - sizes
-        # Each bucket's packed rows [B, L] to gather; padding points at the sequence's last token.
         buckets, real = [], []
-        for members in _buckets(lengths):
+        for members in _alike(lengths):
             step = torch.arange(lengths[members[0]])
             size = sizes[members, None]
             buckets.append(starts[members, None] + torch.minimum(step, size - 1))
             real.append((step < size).flatten())
-        # Where each packed row stands among the rows of all buckets laid end to end.
         gathered, kept = torch.cat([b.flatten() for b in buckets]), torch.cat(real).nonzero().squeeze(1)
-        back = torch.empty(self.total, dtype=torch.int64)
+        back = torch.empty(sum(lengths), dtype=torch.int64)
         back[gathered[kept]] = kept
         self.rows = [b.to(device) for b in buckets]
         self.back = back.to(device)
 
 
-def _buckets(lengths: tuple[int, ...]) -> list[list[int]]:
+def _alike(lengths: tuple[int, ...]) -> list[list[int]]:
     """Sequences by falling length (packing order among equals), cut where one falls below the ratio."""
     buckets: list[list[int]] = []
     for s in sorted(range(len(lengths)), key=lambda s: -lengths[s]):
@@ -61,38 +81,74 @@ def _buckets(lengths: tuple[int, ...]) -> list[list[int]]:
     return buckets
 
 
+class CannotShareError(ValueError):
+    """This attention is not one in which completions can share their prompt; `reason` says why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"completions cannot share their prompt (set share_prompts to false): {reason}")
+        self.reason = reason
+
+
 def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    segments: Segments,
+    packed: Packed,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Causal attention inside every packed sequence.
+    """Causal attention inside every packed sequence; completions read their prompt's one copy of keys and values.
 
     query [1, Hq, T, d], key and value [1, Hkv, T, d] with Hkv dividing Hq; returns [1, T, Hq, d] of query's dtype.
     `sliding_window` counts the tokens a query sees, itself included; `softcap` bounds the scores by tanh.
+    Raises ValueError when the layout does not add up to T, CannotShareError for shared prompts where fused attention
+    cannot do what is asked.
     """
-    heads, total, width = query.shape[1], query.shape[2], value.shape[3]
-    if total != segments.total:
-        raise ValueError(f"query has {total} tokens, segments describe {segments.total}")
-    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, H, d]
+    layout = packed.layout
+    if query.shape[2] != layout.num_tokens:
+        raise ValueError(f"query has {query.shape[2]} tokens, the layout {layout.num_tokens}")
+    window = sliding_window if sliding_window is not None and sliding_window < packed.longest else None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
+    reason: str | None
+    if dropout:
+        reason = f"attention dropout of {dropout}"
+    elif k.shape != v.shape:
+        reason = f"key heads of {k.shape[2]} and value heads of {v.shape[2]} numbers"
+    else:
+        # A window that cuts only sequences still to come counts as active here: that is what the self-check asks.
+        active = None if window is None else min(window, layout.longest - 1)
+        reason = why_not_flash(q, layout, window=active, softcap=softcap)
+    if reason is None:
+        out = shared_prefix_attention(q, k, v, layout, scale=scaling, window=window, softcap=softcap)
+        return out.unsqueeze(0)
+    if layout.shares:
+        raise CannotShareError(reason)
+    return _bucketed(q, k, v, packed.buckets, scaling, dropout, window, softcap)
+
+
+def _bucketed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    buckets: Buckets,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """[T, Hq, d], [T, Hkv, d] twice -> [1, T, Hq, d]."""
     results = []
-    for rows in segments.rows:
+    for rows in buckets.rows:
         size, length = rows.shape
-        if segments.equal:
-            parts = [x.reshape(size, length, *x.shape[1:]) for x in (q, k, v)]
-        else:
-            parts = [x[rows] for x in (q, k, v)]
+        parts = [x.reshape(size, length, *x.shape[1:]) if buckets.equal else x[rows] for x in (q, k, v)]
         bq, bk, bv = (x.transpose(1, 2) for x in parts)
-        out = _causal(bq, bk, bv, scaling, dropout, sliding_window, softcap)
-        results.append(out.transpose(1, 2).reshape(size * length, heads, width))
+        out = _causal(bq, bk, bv, scaling, dropout, window, softcap)
+        results.append(out.transpose(1, 2).flatten(0, 1))
     flat = results[0] if len(results) == 1 else torch.cat(results)
-    return (flat if segments.equal else flat[segments.back]).unsqueeze(0)
+    return (flat if buckets.equal else flat[buckets.back]).unsqueeze(0)
 
 
 def _causal(
@@ -130,68 +186,6 @@ def _softcapped(
     return F.dropout(weights, dropout) @ v
 
 
-class SharedPrompts:
-    """Which completions share which prompt, with the index tensors every layer shares.
-
-    prompt_lengths, completion_lengths: as in `fastgrpo_kernels.PackedLayout`, whose errors are raised.
-    longest: the longest sequence that a sliding window must not cut; by default the longest one here.
-    """
-
-    def __init__(
-        self,
-        prompt_lengths: tuple[int, ...],
-        completion_lengths: tuple[tuple[int, ...], ...],
-        device: torch.device,
-        longest: int = 0,
-    ) -> None:
-        from fastgrpo_kernels import PackedLayout
-
-        self.layout = PackedLayout(prompt_lengths, completion_lengths, device)
-        self.longest = max(longest, self.layout.longest)
-
-
-class CannotShareError(ValueError):
-    """This attention is not one in which completions can share their prompt; `reason` says why."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"completions cannot share their prompt (set share_prompts to false): {reason}")
-        self.reason = reason
-
-
-def shared_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    shared: SharedPrompts,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Causal attention in which a prompt's completions read one copy of its keys and values.
-
-    Shapes as in `packed_attention`. Raises CannotShareError for dropout, a softcap, a window shorter than the longest
-    sequence, and tensors that no flash attention takes.
-    """
-    from fastgrpo_kernels import shared_prefix_attention
-    from fastgrpo_kernels.shared_prefix_attention import backends
-    from fastgrpo_kernels.shared_prefix_attention.options import Options
-
-    if dropout:
-        raise CannotShareError(f"attention dropout of {dropout}")
-    if softcap is not None:
-        raise CannotShareError(f"attention scores capped at {softcap}")
-    if sliding_window is not None and sliding_window < shared.longest:
-        raise CannotShareError(f"a sliding window of {sliding_window} tokens, less than a sequence of {shared.longest}")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
-    if k.shape != v.shape:
-        raise CannotShareError(f"key heads of {k.shape[2]} and value heads of {v.shape[2]} numbers")
-    if backends.choose(q, shared.layout.attention, Options(1.0, None, None)) == "dense":
-        raise CannotShareError(f"{q.dtype} heads of {q.shape[2]} on {q.device.type}, which no flash attention takes")
-    return shared_prefix_attention(q, k, v, shared.layout, scale=scaling).unsqueeze(0)
-
-
 def _attention_forward(
     module: torch.nn.Module,
     query: Tensor,
@@ -200,20 +194,27 @@ def _attention_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    segments: Segments | SharedPrompts | None = None,
+    packed: Packed | None = None,
+    attend: Any = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function transformers calls in every layer."""
-    if segments is not None:
+    """The function transformers calls in every layer.
+
+    attend: whoever keeps keys and values of its own, as a rollout engine does, gives a function that is called instead,
+    with the layer's module, query, key and value and these options.
+    """
+    if attend is not None:
+        return attend(module, query, key, value, scaling=scaling, sliding_window=sliding_window, softcap=softcap), None
+    if packed is not None:
         unknown = sorted(n for n in ("s_aux", "position_bias") if kwargs.get(n) is not None)
         if unknown:
             raise ValueError(f"this model's attention uses {unknown}, which packed attention does not support")
+        if packed.windows is not None:
+            packed.windows.append(sliding_window)
         options: Any = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap}
-        if isinstance(segments, SharedPrompts):
-            return shared_attention(query, key, value, segments, **options), None
-        return packed_attention(query, key, value, segments, **options), None
+        return packed_attention(query, key, value, packed, **options), None
     if softcap is not None:
         repeat = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)

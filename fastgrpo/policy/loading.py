@@ -14,6 +14,7 @@ from fastgrpo.config import GRPOConfig
 from fastgrpo.importing import import_object
 from fastgrpo.policy.attention import register
 from fastgrpo.policy.policy import Policy
+from fastgrpo.policy.work import decoder_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,16 +49,28 @@ def load_policy(model: Any, processing_class: Any, config: GRPOConfig, peft_conf
     model.set_attn_implementation(register())
     _own_memory(model)
     if config.gradient_checkpointing:
-        # Renamed in the course of transformers 5.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        _checkpoint(model, config.gradient_checkpointing_every)
     if peft_config is not None or config.use_peft:
         model = _with_adapters(model, peft_config, config)
     policy = Policy(model.eval(), tokenizer)
     policy.self_check(share_prompts=config.share_prompts, longest=_longest(config))
-    if policy.unshared:
-        logger.info("each completion gets a copy of its prompt in the update: %s", policy.unshared)
     return policy
+
+
+def _checkpoint(model: Any, every: int) -> None:
+    """Recompute layers 0, `every`, 2 * `every`, ... in the backward pass."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    # Renamed in the course of transformers 5.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    layers = [m for m in decoder_of(model).modules() if isinstance(m, GradientCheckpointingLayer)]
+    if every > 1 and not layers:
+        raise ValueError(
+            f"gradient_checkpointing_every={every}: {type(model).__name__} checkpoints all its layers or none"
+        )
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = i % every == 0
 
 
 def _longest(config: GRPOConfig) -> int | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.policy.attention import NAME, CannotShareError, Segments, SharedPrompts, no_mask
+from fastgrpo.policy.attention import Packed, no_mask
 from fastgrpo.policy.head import describe_head
-from fastgrpo.records import LMHead, PackedBatch
-
-# Largest difference of the packed logits from the model's own, relative to the largest logit.
-_CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-# What configs call dropout on attention weights.
-_DROPOUTS = ("attention_dropout", "attn_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+from fastgrpo.policy.self_check import self_check
+from fastgrpo.policy.work import decoder_of, describe_work
+from fastgrpo.records import LMHead, PackedBatch, Work
 
 
 class Policy:
@@ -64,23 +59,48 @@ class Policy:
         """(name, parameter) of what trains, tied parameters once, in a fixed order."""
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
-        """Hidden states that predict the batch's scored tokens: [N, D] of the model's dtype, differentiable."""
-        segments: Segments | SharedPrompts
-        if any(batch.completion_lengths):
-            segments = SharedPrompts(batch.prompt_lengths, batch.completion_lengths, self.device)
-        else:
-            segments = Segments(batch.prompt_lengths, self.device)
-        return self._states(batch.input_ids, batch.position_ids, segments).index_select(0, batch.predictor_index)
+    @property
+    def work(self) -> Work:
+        """The FLOPs of a forward pass."""
+        return describe_work(self.causal_lm)
 
-    def _states(self, input_ids: Tensor, position_ids: Tensor, segments: Segments | SharedPrompts) -> Tensor:
-        """The last hidden states of all packed tokens: [T, D]."""
-        output = self.causal_lm.get_decoder()(
+    def placed(self, batches: list[PackedBatch]) -> Iterator[PackedBatch]:
+        """The batches on this device, each one's copy to a GPU under way while the one before it is computed."""
+        if self.device.type != "cuda":
+            yield from (batch.to(self.device) for batch in batches)
+            return
+        copies, compute = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+
+        def start(batch: PackedBatch) -> PackedBatch:
+            with torch.cuda.stream(copies):
+                return batch.to(self.device)
+
+        ahead = [start(batch) for batch in batches[:1]]
+        for i in range(len(batches)):
+            compute.wait_stream(copies)
+            ahead += [start(batch) for batch in batches[i + 1 : i + 2]]
+            batch = ahead.pop(0)
+            for tensor in batch.tensors():
+                tensor.record_stream(compute)
+            yield batch
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Hidden states that predict the batch's scored tokens: [N, D] of the model's dtype, differentiable.
+
+        Raises ValueError when the batch's layout does not add up to its tokens.
+        """
+        if len(batch.input_ids) != batch.layout.num_tokens:
+            raise ValueError(f"{len(batch.input_ids)} input_ids, but the layout has {batch.layout.num_tokens} tokens")
+        return self.states(batch.input_ids, Packed(batch.layout)).index_select(0, batch.predictor_index)
+
+    def states(self, input_ids: Tensor, packed: Packed) -> Tensor:
+        """The last hidden states of all packed tokens, those of prompts too: [T, D]."""
+        output = decoder_of(self.causal_lm)(
             input_ids=input_ids.unsqueeze(0),
-            position_ids=position_ids.unsqueeze(0),
+            position_ids=packed.layout.position_ids.unsqueeze(0),
             attention_mask=no_mask(self.device),
             use_cache=False,
-            segments=segments,
+            packed=packed,
         )
         return output.last_hidden_state[0]
 
@@ -91,12 +111,12 @@ class Policy:
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the scored tokens and the entropies there: [N] fp32 each, on the CPU, no gradient."""
+        """Log-probabilities of the scored tokens and the entropies there: [N] fp32 each, on the device, no gradient."""
         from fastgrpo_kernels import linear_logprob
 
         with self.mode(training=False):
             head = self.head
-            logprob, entropy = linear_logprob(
+            return linear_logprob(
                 self.hidden(batch),
                 head.weight,
                 batch.target,
@@ -105,7 +125,6 @@ class Policy:
                 softcap=head.softcap,
                 temperature=temperature,
             )
-        return logprob.cpu(), entropy.cpu()
 
     @contextmanager
     def mode(self, *, training: bool) -> Iterator[None]:
@@ -141,7 +160,6 @@ class Policy:
         for name, tensor in own.items():
             tensor.copy_(saved[name])
 
-    @torch.no_grad()
     def self_check(self, *, share_prompts: bool = True, longest: int | None = None) -> None:
         """Compare packed forwards and the head's formula with the model's own logits on a few tokens.
 
@@ -149,60 +167,7 @@ class Policy:
         the model's context). Raises ValueError when plain packing disagrees: the model cannot be packed, or its head
         holds more than we know of.
         """
-        name = type(self.causal_lm).__name__
-        ids = torch.arange(1, 15, device=self.device) * 7919 % self.vocab_size
-        lengths = (5, 2, 7)
-        with self.mode(training=False):
-            try:
-                packed = self._check_states(ids, lengths, Segments(lengths, self.device))
-            except Exception as error:
-                raise ValueError(f"{name} cannot run packed sequences: {type(error).__name__}: {error}") from error
-            difference = self._difference(packed, self._alone(ids.split(list(lengths))))
-            if not difference <= _CHECK_TOLERANCE[self.dtype]:
-                raise ValueError(
-                    f"{name}: packed sequences give other logits than the model's own forward (relative difference "
-                    f"{difference:.1e}); its attention or LM head is of a kind that is not supported"
-                )
-            self.unshared = self._why_not_share(ids, longest) if share_prompts else "share_prompts is off"
-
-    def _why_not_share(self, ids: Tensor, longest: int | None) -> str | None:
-        """None when a prompt's completions can share it, exactly, in every layer."""
-        config = self.causal_lm.config.get_text_config()
-        if dropout := max(getattr(config, option, None) or 0.0 for option in _DROPOUTS):
-            return f"attention dropout of {dropout}"
-        completions, other, prompt = ids[:5].split([3, 2]), ids[5:9], ids[9:]
-        limit = longest or self.context_length or sys.maxsize
-        shared = SharedPrompts((5, 4), ((3, 2), ()), self.device, limit)
-        row = torch.cat([prompt, other, *completions])
-        try:
-            packed = self._check_states(row, (5, 4, 3, 2), shared, (0, 0, 5, 5))
-        except CannotShareError as error:
-            return error.reason
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        first, second = (self._alone([torch.cat([prompt, c])]) for c in completions)
-        expected = torch.cat([first[:5], self._alone([other]), first[5:], second[5:]])
-        difference = self._difference(packed, expected)
-        if not difference <= _CHECK_TOLERANCE[self.dtype]:
-            return f"other logits than the model's own forward, by {difference:.1e} of the largest"
-        return None
-
-    def _check_states(
-        self, ids: Tensor, lengths: tuple[int, ...], segments: Segments | SharedPrompts, starts: tuple[int, ...] = ()
-    ) -> Tensor:
-        """The packed forward's logits [T, V] in fp32; `starts` are the sequences' first positions, by default 0."""
-        ranges = zip(starts or [0] * len(lengths), lengths, strict=True)
-        positions = torch.cat([torch.arange(s, s + n, device=self.device) for s, n in ranges])
-        return self.head.logits(self._states(ids, positions, segments)).float()
-
-    def _alone(self, parts: Sequence[Tensor]) -> Tensor:
-        """Logits of each sequence through the stock model, one after the other: [T, V] in fp32."""
-        with attention(self.causal_lm, "eager"):
-            return torch.cat([self.causal_lm(input_ids=p[None], use_cache=False).logits[0] for p in parts]).float()
-
-    @staticmethod
-    def _difference(packed: Tensor, alone: Tensor) -> float:
-        return ((packed - alone).abs().max() / alone.abs().max().clamp(min=1.0)).item()
+        self.unshared = self_check(self, share_prompts=share_prompts, longest=longest)
 
 
 class Reference:
@@ -238,13 +203,3 @@ class Reference:
             raise ValueError("a reference made by switching adapters off cannot be moved")
         for mine, theirs in zip(self.frozen.model.parameters(), self._policy.model.parameters(), strict=True):
             mine.lerp_(theirs.to(mine.dtype), alpha)
-
-
-@contextmanager
-def attention(causal_lm: Any, name: str) -> Iterator[None]:
-    """Use another attention implementation for a while."""
-    causal_lm.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        causal_lm.set_attn_implementation(NAME)

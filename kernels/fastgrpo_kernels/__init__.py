@@ -13,7 +13,8 @@ from .head.plan import HeadPlan, watch_plans
 from .layout import PackedLayout
 from .linear_grpo_loss.op import linear_grpo_loss
 from .linear_logprob.op import linear_logprob
-from .shared_prefix_attention.op import shared_prefix_attention
+from .shared_prefix_attention.backends import describe as attention_backends
+from .shared_prefix_attention.op import shared_prefix_attention, why_not_flash
 from .token_logprob.op import token_logprob
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "LossConfig",
     "LossOutput",
     "PackedLayout",
+    "attention_backends",
     "gae",
     "group_advantages",
     "grpo_loss",
@@ -31,4 +33,5 @@ __all__ = [
     "shared_prefix_attention",
     "token_logprob",
     "watch_plans",
+    "why_not_flash",
 ]

@@ -7,8 +7,9 @@ over the layout is an op of its own. Sequences that share nothing are prompts wi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Any
 
@@ -46,6 +47,16 @@ class AttentionRanges:
     first_query: int
     num_queries: int
     num_keys: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of the fields that are tensors, by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: x for name, x in values.items() if isinstance(x, Tensor)}
+
+    def to(self, device: torch.device | str | None) -> AttentionRanges:
+        """The same ranges on `device`."""
+        moved: dict[str, Any] = {name: _moved(x, device) for name, x in self.tensors().items()}
+        return replace(self, **moved)
 
 
 class PackedLayout:
@@ -95,11 +106,24 @@ class PackedLayout:
             raise ValueError(f"PackedLayout: expected fewer than 2^31 tokens, got {self.num_tokens}")
 
         with torch.device("cpu"):  # whatever the default: sizes are read here
-            positions, predictor, boundaries = self._tensors(lengths)
-        self.position_ids: Tensor = positions.to(device)
-        self.predictor_index: Tensor = predictor.to(device)
-        self.cu_seqlens: Tensor = boundaries.to(device)
-        self.attention = self._attention(device)
+            self.position_ids, self.predictor_index, self.cu_seqlens = self._tensors(lengths)
+            self.attention = self._attention()
+        self._move(device)
+
+    def to(self, device: torch.device | str) -> PackedLayout:
+        """The same layout on `device`; from the CPU to a GPU without waiting for either."""
+        moved = copy.copy(self)
+        moved._move(device)
+        return moved
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, for whoever has to keep them alive."""
+        return [self.predictor_index, self.cu_seqlens, *self.attention.tensors().values()]
+
+    def _move(self, device: torch.device | str | None) -> None:
+        self.attention = self.attention.to(device)
+        self.position_ids = self.attention.position_ids
+        self.predictor_index, self.cu_seqlens = (_moved(x, device) for x in (self.predictor_index, self.cu_seqlens))
 
     def _tensors(self, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """position_ids, predictor_index and cu_seqlens, from the completions' lengths in order."""
@@ -117,8 +141,8 @@ class PackedLayout:
         boundaries = torch.cat([torch.zeros(1, dtype=torch.int64), completion_length.cumsum(0)])
         return positions, predictor, boundaries.int()
 
-    def _attention(self, device: torch.device | str | None) -> AttentionRanges:
-        """The ranges on `device`; their sizes are host integers, so that no kernel's launch has to wait for them."""
+    def _attention(self) -> AttentionRanges:
+        """The ranges; their sizes are host integers, so that no kernel's launch has to wait for them."""
         groups = [[length for length in group if length] for group in self.completion_lengths]
         sequences = [*self.prompt_lengths, *(length for group in groups for length in group)]
         if groups and len(groups[-1]) == 1 and not any(groups[:-1]):
@@ -135,18 +159,28 @@ class PackedLayout:
             if not asked
             for row in range(key_bounds[i], key_bounds[i] + length)
         ]
-        with torch.device("cpu"):
-            bounds = [torch.tensor(x, dtype=torch.int32) for x in (_bounds(sequences), _bounds(queries), key_bounds)]
-            rows = torch.tensor(unasked, dtype=torch.int64)
-        cu_self, cu_query, cu_key, unasked_rows = (x.to(device) for x in (*bounds, rows))
+        cu_self, cu_query, cu_key = (
+            torch.tensor(x, dtype=torch.int32) for x in (_bounds(sequences), _bounds(queries), key_bounds)
+        )
         return AttentionRanges(
-            self.position_ids, cu_self, cu_query, cu_key, unasked_rows,
+            self.position_ids, cu_self, cu_query, cu_key, torch.tensor(unasked, dtype=torch.int64),
             max_self=max(sequences, default=0), max_query=max(queries, default=0), max_key=max(keys, default=0),
             first_query=self.num_prompt_tokens, num_queries=sum(queries), num_keys=sum(keys),
         )  # fmt: skip
 
+    @property
+    def shares(self) -> bool:
+        """Is there any completion, to share a prompt?"""
+        return any(self.completion_lengths)
+
     def __repr__(self) -> str:
         return f"PackedLayout({list(self.prompt_lengths)}, {[list(group) for group in self.completion_lengths]})"
+
+
+def _moved(x: Tensor, device: torch.device | str | None) -> Tensor:
+    """Out of pinned memory a copy to a GPU runs beside the host; the allocator keeps the memory until it has run."""
+    to_gpu = device is not None and torch.device(device).type == "cuda" and x.device.type == "cpu"
+    return x.pin_memory().to(device, non_blocking=True) if to_gpu else x.to(device)
 
 
 def _check_list(name: str, value: Any, of: str) -> None:

@@ -21,6 +21,8 @@ GROUPS: list[tuple[list[int], list[list[int]]]] = [
     ([3, 3, 2], [[2], [2], [0, 0]]),
     ([1, 1], [[0, 1, 5], [7]]),
     ([6, 6, 3], [[], [], []]),  # nothing shared: plain packing
+    ([9, 8, 8, 7, 10, 64, 65, 9], [[]] * 8),  # short and long ones of many lengths
+    ([5, 6, 5, 70], [[7, 8, 6, 7, 6], [], [8, 1, 6], [6, 66, 7]]),
     ([], []),
 ]
 

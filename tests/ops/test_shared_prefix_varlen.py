@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import types
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor
 
 from fastgrpo_kernels import PackedLayout
-from fastgrpo_kernels.shared_prefix_attention import backends, flash_attn_package, torch_flash, varlen
+from fastgrpo_kernels.shared_prefix_attention import backends, torch_flash, varlen
 from fastgrpo_kernels.shared_prefix_attention.op import shared_prefix_attention
-from fastgrpo_kernels.shared_prefix_attention.options import Options
+from fastgrpo_kernels.shared_prefix_attention.options import Options, merge_
 from fastgrpo_kernels.shared_prefix_attention.reference import shared_prefix_attention_reference as reference
 
 from .attention_cases import GROUPS, NAMES, DenseVarlen, assert_near, inputs, rms, run
+from .flash_stand_ins import STAND_INS, clear, install
 
 HEADS = [(4, 4), (4, 2), (4, 1)]
 
@@ -50,51 +50,17 @@ def aten(monkeypatch: pytest.MonkeyPatch) -> Iterator[DenseVarlen]:
         yield maths
 
 
-@pytest.fixture
-def package(monkeypatch: pytest.MonkeyPatch) -> DenseVarlen:
-    """A flash_attn 2.8 of dense maths, with its signatures."""
+@pytest.fixture(params=["aten", *STAND_INS])
+def maths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[DenseVarlen]:
+    """All four, each in its turn, whatever would be chosen."""
+    if request.param == "aten":
+        yield request.getfixturevalue("aten")
+        return
     maths = DenseVarlen()
-
-    def _flash_attn_varlen_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
-        block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
-    ):  # fmt: skip
-        assert dropout_p == 0
-        assert (window_size_left, window_size_right) == (-1, -1) or (causal and window_size_right == 0)
-        bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        out, lse = maths.forward(q, k, v, bounds, causal, softmax_scale, window_size_left, softcap)
-        return out, lse, None, None
-
-    def _flash_attn_varlen_backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
-        rng_state=None, zero_tensors=False,
-    ):  # fmt: skip
-        assert (dropout_p, alibi_slopes) == (0.0, None)
-        bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        x = (dout, q, k, v, out, softmax_lse)
-        for to, grad in zip(
-            (dq, dk, dv), maths.backward(x, bounds, causal, softmax_scale, window_size_left, softcap), strict=True
-        ):
-            to.copy_(grad)
-        maths.calls[-1]["strict"] = deterministic
-
-    interface = types.ModuleType("flash_attn.flash_attn_interface")
-    interface.__dict__.update(
-        _flash_attn_varlen_forward=_flash_attn_varlen_forward, _flash_attn_varlen_backward=_flash_attn_varlen_backward
-    )
-    parent = types.ModuleType("flash_attn")
-    parent.__dict__["flash_attn_interface"] = interface
-    monkeypatch.setitem(sys.modules, "flash_attn", parent)
-    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-    monkeypatch.setattr(backends, "choose", lambda *_: "flash_attn")
-    return maths
-
-
-@pytest.fixture(params=["aten", "package"])
-def maths(request: pytest.FixtureRequest) -> DenseVarlen:
-    return request.getfixturevalue(request.param)
+    install(monkeypatch, request.param, maths)
+    monkeypatch.setattr(backends, "choose", lambda *_: request.param)
+    yield maths
+    clear()
 
 
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
@@ -116,21 +82,35 @@ def test_plain_packing_is_one_call_each_way(maths: DenseVarlen) -> None:
         assert len(maths.calls) == 2
 
 
-def test_windows_and_softcap_of_plain_packing(package: DenseVarlen) -> None:
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_windows_of_plain_packing(maths: DenseVarlen, window: int) -> None:
     layout = PackedLayout([5, 9, 2], [[], [], []])
     x = inputs(layout)
-    options = {"window": 3, "softcap": 1.5}
-    assert_near(run(shared_prefix_attention, x, layout, **options), run(reference, x, layout, **options))
+    assert_near(run(shared_prefix_attention, x, layout, window=window), run(reference, x, layout, window=window))
+
+
+def test_a_window_as_long_as_the_longest_path_is_none(maths: DenseVarlen) -> None:
     layout = PackedLayout([3, 5], [[2, 4, 4], [1]])
     x = inputs(layout)
-    options = {"softcap": 1.5, "window": 9}  # as long as the longest path: no window
-    assert_near(run(shared_prefix_attention, x, layout, **options), run(reference, x, layout, **options))
+    assert_near(run(shared_prefix_attention, x, layout, window=9), run(reference, x, layout, window=9))
 
 
-def test_windows_of_plain_packing_in_torch(aten: DenseVarlen) -> None:
-    layout = PackedLayout([5, 9, 2], [[], [], []])
-    x = inputs(layout)
-    assert_near(run(shared_prefix_attention, x, layout, window=3), run(reference, x, layout, window=3))
+@pytest.mark.parametrize("maths", ["flash_attn_2", "flash_attn_3"], indirect=True)
+def test_softcaps(maths: DenseVarlen) -> None:
+    plain, shared = PackedLayout([5, 9, 2], [[], [], []]), PackedLayout([3, 5], [[2, 4, 4], [1]])
+    for layout, options in ((plain, {"window": 3, "softcap": 1.5}), (shared, {"softcap": 1.5, "window": 9})):
+        x = inputs(layout)
+        assert_near(run(shared_prefix_attention, x, layout, **options), run(reference, x, layout, **options))
+
+
+@pytest.mark.parametrize("none", [torch.inf, -torch.inf])
+def test_a_merge_with_no_keys_at_all(none: float) -> None:
+    """The packages disagree about the log-sum-exp of nothing; what comes with it is 0 in all of them."""
+    out, lse = torch.randn(3, 2, 8), torch.randn(2, 3)
+    want = out.clone(), lse.clone()
+    merge_(out, lse, torch.zeros(3, 2, 8), torch.full((2, 3), none))
+    assert torch.equal(out, want[0])
+    assert torch.equal(lse, want[1])
 
 
 def test_a_merge_of_rounded_parts(maths: DenseVarlen) -> None:
@@ -160,102 +140,103 @@ def test_pytorch_s_own_ops_take_the_calls(window: int | None) -> None:
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
-@pytest.mark.parametrize("warn_only", [False, True])
-def test_deterministic_where_it_is_asked_for(maths: DenseVarlen, warn_only: bool) -> None:
+@pytest.mark.parametrize("mode", ["default", "warn", "error"])
+def test_always_the_repeatable_backward(maths: DenseVarlen, mode: str) -> None:
     layout = PackedLayout([3, 5], [[2, 4, 4], [1]])
     x = inputs(layout)
-    run(shared_prefix_attention, x, layout)
-    assert not any(c["strict"] for c in maths.calls if c["pass_"] == "backward")
-    maths.calls.clear()
-    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    torch.set_deterministic_debug_mode(mode)
+    before = torch.get_deterministic_debug_mode()
     try:
         run(shared_prefix_attention, x, layout)
-        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+        assert torch.get_deterministic_debug_mode() == before
         assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(c["strict"] for c in maths.calls if c["pass_"] == "backward")
+        torch.set_deterministic_debug_mode("default")
+    assert [c["strict"] for c in maths.calls if c["pass_"] == "backward"] == [True, True]
 
 
-class Somewhere:
-    """As much of a tensor as a choice looks at."""
+def test_a_backward_that_fails_leaves_the_flags_as_they_were(aten: DenseVarlen, monkeypatch: Any) -> None:
+    layout = PackedLayout([3], [[2, 4]])
+    x = inputs(layout)
+    out = shared_prefix_attention(*x[:3], layout)
 
-    def __init__(self, device: str, dtype: torch.dtype = torch.bfloat16, d: int = 64) -> None:
-        self.device, self.dtype, self.shape = torch.device(device), dtype, (1, 1, d)
+    def fail(*_: Any) -> None:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        raise RuntimeError("out of memory")
 
-
-def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = PackedLayout([3, 5], [[2, 4, 4], [1]]).attention
-    plain = PackedLayout([3, 5], [[], []]).attention
-    monkeypatch.setattr(backends, "_has_flash", lambda _: True)
-    monkeypatch.setattr(flash_attn_package, "installed", lambda: False)
-
-    def choose(
-        ranges: Any, device: str = "cuda", window: int | None = None, softcap: float | None = None, **q: Any
-    ) -> str:
-        return backends.choose(Somewhere(device, **q), ranges, Options(1.0, window, softcap))  # type: ignore[arg-type]
-
-    assert choose(shared) == "torch"
-    assert choose(plain, window=3) == "torch"
-    assert choose(shared, dtype=torch.float32) == choose(shared, dtype=torch.float64, softcap=1.0) == "dense"
-    assert choose(shared, d=20) == choose(shared, d=264) == choose(shared, "mps") == "dense"
-    assert choose(shared, "cpu", window=3) == "cpu"
-    assert choose(shared, "cpu", softcap=3.0) == "dense"
-    with pytest.raises(ValueError, match=r"window: .* window of 3 .*PackedLayout with the lengths"):
-        choose(shared, window=3)
-    with pytest.raises(ValueError, match=r"softcap: PyTorch's flash attention has none, got 2.0"):
-        choose(shared, softcap=2.0)
-    monkeypatch.setattr(flash_attn_package, "installed", lambda: True)
-    assert choose(shared) == choose(shared, softcap=2.0) == choose(plain, window=3) == "flash_attn"
-    with pytest.raises(ValueError, match="window:"):
-        choose(shared, window=3)
-    monkeypatch.setattr(backends, "_has_flash", lambda _: False)
-    assert choose(shared) == "dense"
+    monkeypatch.setattr(aten, "backward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        out.backward(x[3])
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(
-    ("version", "usable"), [("2.8.3", True), ("2.7.0.post2", True), ("2.6.3", False), ("3.0.0", False), ("x", False)]
-)
-def test_versions_of_the_package(
-    version: str, usable: bool, package: DenseVarlen, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(flash_attn_package.importlib.metadata, "version", lambda _: version)
-    assert flash_attn_package.installed.__wrapped__() == usable
+def test_backwards_in_threads_do_not_mix_up_the_flags() -> None:
+    """As those of several GPUs in one process: nobody switches off what another one still needs."""
+    entered = threading.Event()
+
+    def another() -> None:
+        with torch_flash._repeatable():
+            entered.set()
+
+    thread = threading.Thread(target=another)
+    with torch_flash._repeatable():
+        thread.start()
+        assert not entered.wait(0.05)
+    thread.join()
+    assert entered.is_set()
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_no_package() -> None:
-    assert not flash_attn_package.installed()
+def only(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision goes to these kernels, or the test is skipped with the reason."""
+    kernels = backends._KERNELS[name]
+    reason = kernels.unavailable(torch.device("cuda"))
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+    choose = backends.choose
+    half = (torch.float16, torch.bfloat16)
+    monkeypatch.setattr(backends, "choose", lambda q, *rest: name if q.dtype in half else choose(q, *rest))
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", backends._KERNELS)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("groups", [([70, 300], [[30, 45, 200], [60]]), *GROUPS], ids=str)
-def test_on_a_gpu(heads: tuple[int, int], d: int, groups: tuple[Any, Any]) -> None:
+def test_on_a_gpu(
+    name: str, heads: tuple[int, int], d: int, groups: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(name, monkeypatch)
     layout = PackedLayout(*groups, device="cuda")
     x = inputs(layout, *heads, d=d, dtype=torch.bfloat16)
     exact = [*(t.detach().double().requires_grad_() for t in x[:3]), x[3].double()]
     want = run(reference, exact, layout)
     assert_near(run(shared_prefix_attention, exact, layout), want)
     got, plain = run(shared_prefix_attention, x, layout), run(reference, x, layout)
-    for name, a, b, c in zip(NAMES, got, plain, want, strict=True):
-        assert a.isfinite().all(), name
+    for what, a, b, c in zip(NAMES, got, plain, want, strict=True):
+        assert a.isfinite().all(), what
         if a.numel():
-            assert rms(a.double() - c) <= 1.5 * rms(b.double() - c) + 1e-6, name
+            assert rms(a.double() - c) <= 1.5 * rms(b.double() - c) + 1e-6, what
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_without_waiting_and_bitwise_repeatable() -> None:
-    layout = PackedLayout([70, 300, 5], [[30, 45, 200], [], [60]], device="cuda")
-    x = inputs(layout, dtype=torch.bfloat16, d=64)
-    torch.use_deterministic_algorithms(True)
+@pytest.mark.parametrize("name", backends._KERNELS)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_on_a_gpu_without_waiting_and_bitwise_repeatable(
+    name: str, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(name, monkeypatch)
+    layout = PackedLayout([700, 300, 5], [[300, 450, 200], [], [600]], device="cuda")
+    x = inputs(layout, *heads, dtype=torch.bfloat16, d=64)
+    first = run(shared_prefix_attention, x, layout)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        first = run(shared_prefix_attention, x, layout)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        second = run(shared_prefix_attention, x, layout)
+        others = [run(shared_prefix_attention, x, layout) for _ in range(10)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        torch.use_deterministic_algorithms(False)
-    for name, a, b in zip(NAMES, first, second, strict=True):
-        assert torch.equal(a, b), name
+    for other in others:
+        for what, a, b in zip(NAMES, first, other, strict=True):
+            assert torch.equal(a, b), what

@@ -92,3 +92,17 @@ def test_nearest_spelling() -> None:
 def test_changes_that_decide_a_run() -> None:
     old, new = GRPOConfig(), GRPOConfig(max_steps=9, save_steps=1, beta=0.1)
     assert decisive_changes(old.to_dict(), new.to_dict()) == ["beta: 0.0 -> 0.1"]
+
+
+def test_an_option_newer_than_the_run_had_its_default() -> None:
+    saved = GRPOConfig().to_dict()
+    del saved["share_prompts"]
+    assert decisive_changes(saved, GRPOConfig().to_dict()) == []
+    assert decisive_changes(saved, GRPOConfig(share_prompts=False).to_dict()) == ["share_prompts: True -> False"]
+
+
+def test_checkpointing_of_every_kth_layer_needs_checkpointing() -> None:
+    with pytest.raises(ConfigError, match="gradient_checkpointing_every=2 needs gradient_checkpointing=true"):
+        GRPOConfig(gradient_checkpointing_every=2)
+    with pytest.raises(ConfigError, match="gradient_checkpointing_every=0 must be greater than 0"):
+        GRPOConfig(gradient_checkpointing=True, gradient_checkpointing_every=0)

@@ -17,6 +17,11 @@ def _parameters(dtype: torch.dtype = torch.float32) -> list[tuple[str, torch.nn.
     return [(n, torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype))) for n, s in shapes.items()]
 
 
+def _step(optimizer: Optimizer, rate: float) -> tuple[float, bool]:
+    norm = optimizer.norm().item()
+    return norm, optimizer.step(rate, norm)
+
+
 def test_constant_linear_cosine_with_warmup() -> None:
     def rates(**options: object) -> list[float]:
         config = GRPOConfig(learning_rate=1.0, **options)  # type: ignore[arg-type]
@@ -48,7 +53,7 @@ def test_fp32_steps_are_torchs_adamw_with_decay_on_matrices_only() -> None:
             for part in (1.0, 2.0):  # two backward passes add up
                 (p * (p.detach() + step) * part).sum().backward()
                 (q * (q.detach() + step) * part).sum().backward()
-        _, applied = optimizer.step(1e-2)
+        applied = _step(optimizer, 1e-2)[1]
         assert applied
         plain.step()
         plain.zero_grad()
@@ -65,7 +70,7 @@ def test_clipping_scales_to_the_norm_and_reports_the_norm_before() -> None:
         lambda *_: seen.append(torch.nn.utils.get_total_norm([p.grad for _, p in parameters]).item())
     )
     sum((p * 3.0).sum() for _, p in parameters).backward()  # type: ignore[union-attr]
-    norm, _ = optimizer.step(1e-3)
+    norm, _ = _step(optimizer, 1e-3)
     assert norm == pytest.approx(3.0 * math.sqrt(4 + 12 + 10))
     assert seen == [pytest.approx(1.0, rel=1e-4)]
 
@@ -76,12 +81,12 @@ def test_a_non_finite_gradient_changes_nothing_and_is_forgotten(bad: float) -> N
     optimizer = Optimizer(parameters, GRPOConfig())
     before = [p.detach().clone() for _, p in parameters]
     (parameters[1][1] * bad).sum().backward()
-    norm, applied = optimizer.step(1e-2)
+    norm, applied = _step(optimizer, 1e-2)
     assert not applied
     assert not math.isfinite(norm)
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, parameters, strict=True))
     sum(p.sum() for _, p in parameters).backward()  # type: ignore[union-attr]
-    norm, applied = optimizer.step(1e-2)
+    norm, applied = _step(optimizer, 1e-2)
     assert applied
     assert math.isfinite(norm)
 
@@ -94,7 +99,7 @@ def test_small_steps_survive_in_the_master_weights_of_a_bf16_model() -> None:
         optimizer = Optimizer([("w", parameter)], GRPOConfig(master_weights=master))
         for _ in range(1000):
             parameter.sum().backward()
-            optimizer.step(5e-6)
+            _step(optimizer, 5e-6)
         moved[master] = (1 - parameter.float().mean()).item()
     assert moved[False] == 0.0
     assert moved[True] == pytest.approx(5e-3, rel=0.3)
@@ -106,7 +111,7 @@ def test_bf16_gradients_of_many_microbatches_add_up_in_fp32() -> None:
     parameter.sum().backward()
     for _ in range(512):
         (parameter * 2.0**-9).sum().backward()  # too small to change 1.0 in bfloat16
-    norm, _ = optimizer.step(0.0)
+    norm, _ = _step(optimizer, 0.0)
     assert norm == 2.0 * 4
     assert parameter.grad is None
 
@@ -117,10 +122,10 @@ def test_a_step_without_any_backward_still_moves_by_momentum() -> None:
     optimizer, other = Optimizer(ours, GRPOConfig()), Optimizer(theirs, GRPOConfig())
     for o, parameters in ((optimizer, ours), (other, theirs)):
         sum((p**2).sum() for _, p in parameters).backward()  # type: ignore[union-attr]
-        o.step(1e-2)
-    optimizer.step(1e-2)
+        _step(o, 1e-2)
+    _step(optimizer, 1e-2)
     sum((p * 0).sum() for _, p in theirs).backward()  # type: ignore[union-attr]
-    other.step(1e-2)
+    _step(other, 1e-2)
     for (_, p), (_, q) in zip(ours, theirs, strict=True):
         assert torch.equal(p, q)
 

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgrpo.packing import denominators, pack, select, split_minibatches
-from fastgrpo.records import PackedBatch, Prompt, Rollout
-from fastgrpo_kernels import PackedLayout
+from fastgrpo.records import PackedBatch, Prompt, Rollout, Work
 
 
 def _rollout(i: int, prompt: int, completion: int, **fields: object) -> Rollout:
@@ -34,8 +33,8 @@ lengths = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 30)), min_size=1
 
 def _check_rows(batch: PackedBatch, rollouts: list[Rollout]) -> None:
     """Every member's path through the row, from its predictors, targets and positions, is its prompt and completion."""
-    lengths = [*batch.prompt_lengths, *(n for group in batch.completion_lengths for n in group)]
-    assert len(batch.input_ids) == len(batch.position_ids) == sum(lengths)
+    positions = batch.layout.position_ids
+    assert len(batch.input_ids) == len(positions) == batch.layout.num_tokens
     for k, member in enumerate(batch.members):
         r = rollouts[member]
         prompt = len(r.prompt.token_ids)
@@ -43,10 +42,10 @@ def _check_rows(batch: PackedBatch, rollouts: list[Rollout]) -> None:
         assert batch.target[rows].tolist() == r.token_ids
         predictor = batch.predictor_index[rows].tolist()
         assert batch.input_ids[predictor].tolist() == [r.prompt.token_ids[-1], *r.token_ids[:-1]]
-        assert batch.position_ids[predictor].tolist() == list(range(prompt - 1, prompt + r.num_tokens - 1))
+        assert positions[predictor].tolist() == list(range(prompt - 1, prompt + r.num_tokens - 1))
         first = predictor[0] - prompt + 1
         assert batch.input_ids[first : predictor[0] + 1].tolist() == r.prompt.token_ids
-        assert batch.position_ids[first : predictor[0] + 1].tolist() == list(range(prompt))
+        assert positions[first : predictor[0] + 1].tolist() == list(range(prompt))
         if r.num_tokens > 1:  # its last token is in the row too, though it predicts nothing
             assert batch.input_ids[predictor[-1] + 1] == r.token_ids[-1]
         assert batch.sampling_logprob is not None
@@ -63,9 +62,9 @@ def test_every_token_once_in_its_place_within_the_budget(lengths: list[tuple[int
         assert len(batch.input_ids) <= budget or len(batch.members) == 1
         sequences = [[*rollouts[m].prompt.token_ids, *rollouts[m].token_ids] for m in batch.members]
         assert batch.input_ids.tolist() == [t for s in sequences for t in s]
-        assert batch.position_ids.tolist() == [k for s in sequences for k in range(len(s))]
-        assert batch.prompt_lengths == tuple(len(s) for s in sequences)
-        assert batch.completion_lengths == ((),) * len(sequences)
+        assert batch.layout.position_ids.tolist() == [k for s in sequences for k in range(len(s))]
+        assert batch.layout.prompt_lengths == tuple(len(s) for s in sequences)
+        assert not batch.layout.shares
         _check_rows(batch, rollouts)
         seen += list(batch.members)
     assert sorted(seen) == list(range(len(rollouts)))
@@ -98,13 +97,10 @@ def test_shared_prompts_stand_once_in_a_micro_batch(lengths: list[tuple[int, lis
         scored = sum(rollouts[m].num_tokens for m in batch.members)
         assert len(batch.input_ids) == scored + sum(len(p) for p in set(prompts))
         _check_rows(batch, rollouts)
-        # The indices are those of the layout that attention works on, where all prompts are shared.
-        layout = PackedLayout(batch.prompt_lengths, batch.completion_lengths)
-        assert torch.equal(layout.position_ids, batch.position_ids)
-        if all(batch.completion_lengths):
-            assert torch.equal(layout.predictor_index, batch.predictor_index)
-            assert torch.equal(layout.cu_seqlens, batch.cu_seqlens)
-        assert all(len(group) != 1 for group in batch.completion_lengths)
+        if all(batch.layout.completion_lengths):  # where all prompts are shared, the indices are the layout's
+            assert torch.equal(batch.layout.predictor_index, batch.predictor_index)
+            assert torch.equal(batch.layout.cu_seqlens, batch.cu_seqlens)
+        assert all(len(group) != 1 for group in batch.layout.completion_lengths)
         seen += list(batch.members)
     assert sorted(seen) == list(range(len(rollouts)))
     assert [b.members for b in packed] == [b.members for b in pack(rollouts, max_tokens=budget, share=True)]
@@ -122,17 +118,73 @@ def test_sharing_goes_by_the_prompts_tokens_not_by_the_groups_number() -> None:
     rollouts = _groups([(5, [2, 3])])
     rollouts[1].prompt = Prompt(0, "", [9, 9, 9, 9, 9])
     [batch] = pack(rollouts, max_tokens=100, share=True)
-    assert batch.completion_lengths == ((), ())
+    assert not batch.layout.shares
     assert len(batch.input_ids) == 15
 
 
 def test_without_shared_prompts_sharing_changes_nothing() -> None:
     rollouts = [_rollout(i, 3 + i, 9 - i) for i in range(6)]
     for plain, shared in zip(*(pack(rollouts, max_tokens=30, share=share) for share in (False, True)), strict=True):
-        for name in ("input_ids", "position_ids", "predictor_index", "target", "cu_seqlens"):
-            assert torch.equal(getattr(plain, name), getattr(shared, name))
+        for a, b in zip(plain.tensors(), shared.tensors(), strict=True):
+            assert torch.equal(a, b)
         assert plain.members == shared.members
-        assert plain.completion_lengths == shared.completion_lengths
+        assert not shared.layout.shares
+
+
+_WORK = Work(per_token=1.0, per_scored=0.0, attention=((None, 0.2), (4, 0.1)))
+
+
+def test_work_counts_what_each_query_sees() -> None:
+    """Against a sum over every pair of positions."""
+
+    def pairs(length: int, window: int) -> int:
+        return sum(1 for q in range(length) for k in range(q + 1) if q - k < window)
+
+    for prompt, completions in ((1, [1]), (5, [3, 2]), (2, [9, 1, 4])):
+        seen = {
+            w: pairs(prompt, w) + sum(pairs(prompt + c, w) - pairs(prompt, w) for c in completions) for w in (4, 99)
+        }
+        expected = prompt + sum(completions) + 0.2 * seen[99] + 0.1 * seen[4]
+        assert _WORK.of(prompt, completions) == pytest.approx(expected)
+    assert Work(0.0, 2.0, ()).of(7, [3, 4]) == 14.0
+
+
+@settings(max_examples=150, deadline=None)
+@given(lengths=groups, budget=st.integers(1, 120), share=st.booleans())
+def test_balancing_by_work_costs_no_micro_batch(lengths: list[tuple[int, list[int]]], budget: int, share: bool) -> None:
+    rollouts = _groups(lengths)
+    by_tokens = pack(rollouts, max_tokens=budget, share=share)
+    balanced = pack(rollouts, max_tokens=budget, share=share, work=_WORK)
+    assert len(balanced) <= len(by_tokens)
+    assert sorted(m for b in balanced for m in b.members) == list(range(len(rollouts)))
+    assert all(len(b.input_ids) <= budget or len(b.members) == 1 for b in balanced)
+    for batch in (*balanced, *by_tokens):
+        plain = batch.layout.prompt_lengths, batch.layout.completion_lengths
+        assert batch.layout.num_tokens == len(batch.input_ids), plain
+    assert all(b.work == len(b.input_ids) for b in by_tokens)
+
+
+def test_long_sequences_do_not_stand_together() -> None:
+    """By tokens alone the long ones fill one micro-batch and the short ones the other."""
+    rollouts = [_rollout(i, 1, length) for i, length in enumerate((39, 39, 9, 9, 9, 9, 9, 9, 9, 9))]
+    quadratic = Work(per_token=0.0, per_scored=0.0, attention=((None, 1.0),))
+    sizes = [sorted(len(r.token_ids) for r in (rollouts[m] for m in b.members)) for b in pack(
+        rollouts, max_tokens=80, work=quadratic)]  # fmt: skip
+    assert sizes == [[9, 9, 9, 9, 39]] * 2
+    work = [b.work for b in pack(rollouts, max_tokens=80, work=quadratic)]
+    assert work == [40 * 41 / 2 + 4 * 10 * 11 / 2] * 2
+
+
+def test_what_does_not_add_up_names_the_numbers() -> None:
+    good = _rollout(0, 2, 3)
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
+        pack([good], max_tokens=0)
+    with pytest.raises(ValueError, match=r"rollouts\[1\]: a prompt of 2 tokens and a completion of 0"):
+        pack([good, _rollout(1, 2, 0)], max_tokens=9)
+    with pytest.raises(ValueError, match=r"rollouts\[0\]: a prompt of 0 tokens and a completion of 3"):
+        pack([_rollout(0, 0, 3)], max_tokens=9)
+    with pytest.raises(ValueError, match=r"rollouts\[0\].old_logprob: \[4\] log-probs for 3 tokens"):
+        pack([_rollout(0, 2, 3, old_logprob=torch.zeros(4))], max_tokens=9)
 
 
 def test_dtypes_and_missing_logprobs() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from runs import ROWS, digits, make_trainer, read_lines
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from fastgrpo import ConfigError
@@ -221,16 +222,16 @@ class TestGradients:
     ) -> None:
         from fastgrpo.optim import Optimizer
 
-        step = Optimizer.step
+        norm = Optimizer.norm
         calls = []
 
-        def poisoned(self: Optimizer, rate: float) -> tuple[float, bool]:
-            calls.append(rate)
+        def poisoned(self: Optimizer) -> Tensor:
+            calls.append(self)
             if len(calls) != 2:
                 self._masters[0].grad.fill_(math.nan)  # type: ignore[union-attr]
-            return step(self, rate)
+            return norm(self)
 
-        monkeypatch.setattr(Optimizer, "step", poisoned)
+        monkeypatch.setattr(Optimizer, "norm", poisoned)
         with pytest.raises(NonFiniteGradients, match=r"3 steps in a row.*step 5"):
             make_trainer(tiny_model_dir, tmp_path, max_steps=9, max_skipped_steps=3).train()
         lines = read_lines(tmp_path)

@@ -1,12 +1,16 @@
 """On the CPU: PyTorch's flash kernels, once per range; neighbouring ranges of equal length go into one call.
 
-Half precision is computed in fp32, a range at a time, and rounded once: as fast here, and more exact. The kernels want
-as many key heads as query heads: the key heads become a dimension of the batch and are repeated by a stride of 0.
+Short sequences of unequal length are gathered, padded at their end and computed together: a call costs more than they
+do. Causality keeps their rows from seeing the padding. Half precision is computed in fp32, a range at a time, and
+rounded once: as fast here, and more exact. The kernels want as many key heads as query heads: the key heads become a
+dimension of the batch and are repeated by a stride of 0.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,47 +22,89 @@ from .options import Options, merge_
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
+# Measured: gathering pays for sequences up to SHORT tokens, if there are at least FEW; a bucket holds none shorter than
+# LIKE times its longest, which bounds the padding.
+SHORT, FEW, LIKE = 64, 4, 0.75
+
 
 @dataclass(frozen=True)
 class _Run:
-    """`count` neighbouring pairs of ranges: q_len queries from row `query` on, k_len keys from row `key` on."""
+    """`count` pairs of ranges of equal lengths, in one call.
 
-    query: int
-    q_len: int
-    key: int
-    k_len: int
+    queries, keys: the rows, neighbouring ones as a slice, gathered ones as [count * L] indices.
+    real: [count * L] bool, which gathered rows are not padding; None = all.
+    """
+
+    queries: slice | Tensor
+    keys: slice | Tensor
     count: int
     causal: bool
-
-    @property
-    def queries(self) -> slice:
-        return slice(self.query, self.query + self.q_len * self.count)
-
-    @property
-    def keys(self) -> slice:
-        return slice(self.key, self.key + self.k_len * self.count)
+    real: Tensor | None = None
 
 
-def _runs(query: int, q_bounds: list[int], k_bounds: list[int], causal: bool, batched: bool) -> list[_Run]:
-    """Ranges without queries are left out."""
-    runs: list[_Run] = []
-    for i in range(len(q_bounds) - 1):
-        q_len, k_len = q_bounds[i + 1] - q_bounds[i], k_bounds[i + 1] - k_bounds[i]
-        run = _Run(query + q_bounds[i], q_len, k_bounds[i], k_len, 1, causal)
-        last = runs[-1] if runs else None
-        follows = last and (last.q_len, last.k_len, last.keys.stop) == (q_len, k_len, run.key)
-        if last and follows and batched:
-            runs[-1] = replace(last, count=last.count + 1)
-        elif q_len:
-            runs.append(run)
-    return runs
+def _runs(query: int, q_bounds: tuple[int, ...], k_bounds: tuple[int, ...], causal: bool, batched: bool) -> list[_Run]:
+    """Neighbours of equal lengths together. Ranges without queries are left out."""
+    starts: list[list[int]] = []  # of ranges i, i + 1, ...
+    sizes = [(q1 - q0, k1 - k0) for (q0, q1), (k0, k1) in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True)]
+    for i, size in enumerate(sizes):
+        if batched and starts and starts[-1][-1] == i - 1 and sizes[i - 1] == size:
+            starts[-1].append(i)
+        elif size[0]:
+            starts.append([i])
+    return [
+        _Run(
+            slice(query + q_bounds[run[0]], query + q_bounds[run[-1] + 1]),
+            slice(k_bounds[run[0]], k_bounds[run[-1] + 1]),
+            len(run),
+            causal,
+        )
+        for run in starts
+    ]
+
+
+def _gathered(runs: list[_Run]) -> list[_Run]:
+    """The same causal runs, short ones of unequal length in buckets."""
+    length = {i: (run.queries.stop - run.queries.start) // run.count for i, run in enumerate(runs)}  # type: ignore[union-attr]
+    short = sorted((i for i in length if length[i] <= SHORT), key=lambda i: -length[i])
+    buckets: list[list[int]] = []
+    for i in short:
+        if not buckets or length[i] < LIKE * length[buckets[-1][0]]:
+            buckets.append([])
+        buckets[-1].append(i)
+    large = [bucket for bucket in buckets if len(bucket) >= FEW]
+    moved = {i for bucket in large for i in bucket}
+    return [run for i, run in enumerate(runs) if i not in moved] + [
+        _bucket([runs[i] for i in bucket], length[bucket[0]]) for bucket in large
+    ]
+
+
+def _bucket(runs: list[_Run], longest: int) -> _Run:
+    """One run of all these sequences, padded to the longest by repeating each one's last row."""
+    with torch.device("cpu"):
+        starts, sizes = [], []
+        for run in runs:
+            assert isinstance(run.queries, slice)
+            size = (run.queries.stop - run.queries.start) // run.count
+            starts += list(range(run.queries.start, run.queries.stop, size))
+            sizes += [size] * run.count
+        step, size = torch.arange(longest), torch.tensor(sizes)[:, None]
+        rows = (torch.tensor(starts)[:, None] + torch.minimum(step, size - 1)).flatten()
+        return _Run(rows, rows, len(starts), True, (step < size).flatten())
 
 
 def _parts(ranges: AttentionRanges, options: Options) -> tuple[list[_Run], list[_Run]]:
     """Parts (a) and (b). The bounds lie on the CPU, where reading them waits for nothing."""
-    own, query, key = (x.tolist() for x in (ranges.cu_self, ranges.cu_query, ranges.cu_key))
-    batched = options.window is None  # a mask belongs to one range
-    return _runs(0, own, own, True, batched), _runs(ranges.first_query, query, key, False, batched)
+    own, query, key = (tuple(x.tolist()) for x in (ranges.cu_self, ranges.cu_query, ranges.cu_key))
+    return _plan(own, query, key, ranges.first_query, options.window is None)
+
+
+@functools.lru_cache(maxsize=16)  # every layer asks, forward and backward
+def _plan(
+    own: tuple[int, ...], query: tuple[int, ...], key: tuple[int, ...], first_query: int, batched: bool
+) -> tuple[list[_Run], list[_Run]]:
+    """batched: without a window, whose mask belongs to one range."""
+    runs = _runs(0, own, own, True, batched)
+    return _gathered(runs) if batched else runs, _runs(first_query, query, key, False, batched)
 
 
 @dataclass(frozen=True)
@@ -98,18 +144,25 @@ class _Heads:
 
     def pack_lse(self, lse: Tensor, count: int) -> Tensor:
         """[Hq, count * L] -> [count * items, per_item, L]."""
-        return lse.view(self.items, self.per_item, count, -1).permute(2, 0, 1, 3).flatten(0, 1)
+        return lse.reshape(self.items, self.per_item, count, -1).permute(2, 0, 1, 3).flatten(0, 1)
 
     def unpack_lse(self, lse: Tensor, count: int) -> Tensor:
         """[count * items, per_item, L] -> [Hq, count * L]."""
         return lse.unflatten(0, (count, -1)).permute(1, 2, 0, 3).reshape(self.num_q, -1)
+
+    def put(self, rows: Tensor, part: Tensor, run: _Run, where: slice | Tensor) -> None:
+        """Write a run's [count, L, items, heads, d] into [T, H, d]."""
+        if run.real is None:
+            self.split(rows[where], run.count).copy_(part)
+        else:
+            rows[where[run.real]] = part.reshape(-1, *rows.shape[1:])[run.real]  # type: ignore[index]
 
 
 def _mask(run: _Run, position_ids: Tensor, options: Options, dtype: torch.dtype) -> Tensor | None:
     """[1, 1, q_len, k_len], 0 or -inf: the window, and what `causal` says, which it replaces."""
     if options.window is None:
         return None
-    distance = position_ids[run.queries, None] - position_ids[run.keys]
+    distance = position_ids[run.queries][:, None] - position_ids[run.keys]
     hidden = (distance < 0) | (distance >= options.window)
     return torch.zeros(distance.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)[None, None]
 
@@ -127,15 +180,19 @@ def forward(q: Tensor, k: Tensor, v: Tensor, ranges: AttentionRanges, options: O
         return heads.unpack(part, run.count), heads.unpack_lse(part_lse, run.count)
 
     own, shared = _parts(ranges, options)
-    if len(own) == 1:
+    if len(own) == 1 and own[0].real is None:
         part, lse = attend(own[0])
         out = part.reshape(q.shape)
     else:
         out = torch.empty(q.shape, dtype=dtype)
         lse = torch.empty((q.shape[1], q.shape[0]), dtype=dtype)
         for run in own:
-            part, lse[:, run.queries] = attend(run)
-            heads.split(out[run.queries], run.count).copy_(part)
+            part, part_lse = attend(run)
+            heads.put(out, part, run, run.queries)
+            if run.real is None:
+                lse[:, run.queries] = part_lse
+            else:
+                lse[:, run.queries[run.real]] = part_lse[:, run.real]  # type: ignore[index]
     for run in shared:
         part, part_lse = attend(run)
         merge_(out[run.queries], lse[:, run.queries], part.reshape(out[run.queries].shape), part_lse)
@@ -150,23 +207,26 @@ def backward(
 
     def gradients(run: _Run) -> tuple[Tensor, Tensor, Tensor]:
         queries, keys = run.queries, run.keys
-        d, qs, o = (heads.pack(x[queries].to(dtype), run.count) for x in (dout, q, out))
+        douts = dout[queries].to(dtype)
+        if run.real is not None:  # padding asks for nothing
+            douts[~run.real] = 0
+        qs, o = (heads.pack(x[queries].to(dtype), run.count) for x in (q, out))
         ks, vs = (heads.pack(x[keys].to(dtype), run.count) for x in (k, v))
         mask = _mask(run, ranges.position_ids, options, dtype)
         dq, dk, dv = _flash_backward(
-            d, qs, ks, vs, o, heads.pack_lse(lse[:, queries], run.count),
+            heads.pack(douts, run.count), qs, ks, vs, o, heads.pack_lse(lse[:, queries], run.count),
             0.0, run.causal and mask is None, attn_mask=mask, scale=options.scale,
         )  # fmt: skip
         return heads.unpack(dq, run.count), heads.unpack_keys(dk, run.count), heads.unpack_keys(dv, run.count)
 
     own, shared = _parts(ranges, options)
-    if len(own) == 1:
+    if len(own) == 1 and own[0].real is None:
         grads = [part.reshape(x.shape) for part, x in zip(gradients(own[0]), (q, k, v), strict=True)]
     else:
         grads = [torch.empty(x.shape, dtype=dtype) for x in (q, k, v)]
         for run in own:
             for grad, part, rows in zip(grads, gradients(run), _rows(run), strict=True):
-                heads.split(grad[rows], run.count).copy_(part)
+                heads.put(grad, part, run, rows)
     for run in shared:
         for grad, part, rows in zip(grads, gradients(run), _rows(run), strict=True):
             heads.split(grad[rows], run.count).add_(part)
@@ -174,5 +234,5 @@ def backward(
     return dq, dk, dv
 
 
-def _rows(run: _Run) -> tuple[slice, slice, slice]:
+def _rows(run: _Run) -> tuple[slice | Tensor, slice | Tensor, slice | Tensor]:
     return run.queries, run.keys, run.keys

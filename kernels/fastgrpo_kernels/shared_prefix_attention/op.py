@@ -1,4 +1,4 @@
-"""`shared_prefix_attention`: the public function, its op, and the op of its backward."""
+"""`shared_prefix_attention` and `why_not_flash`: the public functions, the op, and the op of its backward."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def shared_prefix_attention(
     scale: > 0, multiplies the scores, d^-0.5 by default. window: a row sees the last `window` rows of its path, itself
     included. softcap: scores become `softcap * tanh(scores / softcap)`.
 
-    Returns [T, Hq, d], contiguous, differentiable in q, k and v. CPU: PyTorch's flash kernels, once per range. GPU,
-    fp16 and bf16: the flash-attn package 2.7+ if installed, else PyTorch's own kernels (backends.py); other dtypes and
-    head sizes, and a softcap on the CPU, take plain matrix products, whose work is T^2. Under autocast q, k and v are
-    cast to its dtype. Gradients on a GPU are bitwise repeatable under `torch.use_deterministic_algorithms` only.
+    Returns [T, Hq, d], contiguous, differentiable in q, k and v; gradients are bitwise repeatable. CPU: PyTorch's flash
+    kernels, once per range. GPU, fp16 and bf16: the newest of the flash-attn packages (4, 3, 2) that takes the device,
+    head size and options, else PyTorch's own kernels (backends.py); other dtypes and head sizes, and a softcap on the
+    CPU, take plain matrix products, whose work is T^2. Under autocast q, k and v are cast to its dtype.
     Errors: TypeError or ValueError naming the argument, also for a window or softcap that the kernels cannot do.
     """
     _check(q, k, v, layout)
@@ -47,15 +47,29 @@ def shared_prefix_attention(
     check_int("window", window, 1)
     if softcap is not None:
         check_number("softcap", softcap, 0, open_low=True)
-    if window is not None and window >= layout.longest:
-        window = None
     r = layout.attention
     out, _ = _attention(
         q, k, v, r.position_ids, r.cu_self, r.cu_query, r.cu_key, r.unasked,
         r.max_self, r.max_query, r.max_key, r.first_query, r.num_queries, r.num_keys,
-        q.shape[2] ** -0.5 if scale is None else float(scale), window, softcap,
+        q.shape[2] ** -0.5 if scale is None else float(scale), _active(window, layout), softcap,
     )  # fmt: skip
     return out
+
+
+def why_not_flash(
+    q: Tensor, layout: PackedLayout, *, window: int | None = None, softcap: float | None = None
+) -> str | None:
+    """None when fused flash kernels run this call of `shared_prefix_attention`, else the reason why not.
+
+    The call then takes plain matrix products, or raises ValueError with the same reason: a window over shared prompts,
+    a softcap that no kernel here has. Arguments as in the call, which are not checked; of q only its form is read.
+    """
+    options = Options(1.0, _active(window, layout), softcap)
+    return backends.why_not_flash(_autocast(q[:1]), layout.attention, options)
+
+
+def _active(window: int | None, layout: PackedLayout) -> int | None:
+    return None if window is None or window >= layout.longest else window
 
 
 def _check(q: Any, k: Any, v: Any, layout: Any) -> None:

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .options import Options
+from .options import Options, Part
+from .packages import capability, gpu
 
 
 class TorchFlash:
     """`aten::_flash_attention_forward` and `_backward`."""
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        causal: bool,
-        options: Options,
-    ) -> tuple[Tensor, Tensor]:
+    def unavailable(self, device: torch.device) -> str | None:
+        """Ampere and later; on AMD PyTorch decides itself when it is called."""
+        amd = device.type == "cuda" and torch.version.hip is not None
+        return None if amd or capability(device) >= (8, 0) else f"needs compute capability 8.0 or later, {gpu(device)}"
+
+    def unsupported(self, q: Tensor, options: Options) -> str | None:
+        return None if options.softcap is None else "no softcap"
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, part: Part, options: Options) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, False, scale=options.scale, **_window(options)
-        )
+            q, k, v, part.cu_q, part.cu_k, part.max_q, part.max_k, 0.0, part.causal, False,
+            scale=options.scale, **_window(options),
+        )  # fmt: skip
         return out, lse
 
     def backward(
@@ -39,18 +39,14 @@ class TorchFlash:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
-        causal: bool,
+        part: Part,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Without dropout the random state is looked at by nobody; the schema wants one.
         state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.zeros(0, device=q.device)
-        with _strictly_deterministic():
+        with _repeatable():
             return torch.ops.aten._flash_attention_backward(
-                dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, causal, state, unused,
+                dout, q, k, v, out, lse, part.cu_q, part.cu_k, part.max_q, part.max_k, 0.0, part.causal, state, unused,
                 scale=options.scale, **_window(options),
             )  # fmt: skip
 
@@ -60,21 +56,23 @@ def _window(options: Options) -> dict[str, int]:
     return {} if options.window is None else {"window_size_left": options.window - 1, "window_size_right": 0}
 
 
-@contextlib.contextmanager
-def _strictly_deterministic() -> Iterator[None]:
-    """Where deterministic algorithms are asked for, if only with warnings: the kernel's dq without atomics.
+_one_at_a_time = threading.Lock()  # backward passes of several GPUs run in threads of one process
 
-    The kernel does not count `warn_only`; and what it allocates need not be filled first, it is written whole.
+
+@contextlib.contextmanager
+def _repeatable() -> Iterator[None]:
+    """The kernel's dq without atomics: a flag of the process, not an argument, is what asks for it.
+
+    Set for the launch alone. The kernel does not count `warn_only`; and what it allocates need not be filled first, it
+    is written whole. `torch.use_deterministic_algorithms` would do, but also turns a knob of the compiler.
     """
-    if not torch.are_deterministic_algorithms_enabled():
-        yield
-        return
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(True, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+    with _one_at_a_time:
+        mode = torch.get_deterministic_debug_mode()
+        fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        torch.set_deterministic_debug_mode("error")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            torch.set_deterministic_debug_mode(mode)
+            torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

@@ -1,9 +1,18 @@
-"""A case: one peer doing one job on one size of input. What the runner in conftest.py needs to know of it."""
+"""A case: one peer doing one job on one size of input. What the runner in conftest.py needs to know of it.
+
+`python -m benchmarks.cases MODULE` times a module's cases by turns, and those of its MORE, too long for every run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import importlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -67,3 +76,52 @@ def clipped_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, epsilo
     """Sum over the tokens of the clipped surrogate -min(w A, clip(w) A), as in the papers; all arguments [N]."""
     ratio = (logprob - old_logprob).exp()
     return -torch.min(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage).sum()
+
+
+def interleaved(cases: Sequence[Case], rounds: int, clock: Callable[[], float]) -> list[list[float]]:
+    """Seconds, by `clock`, of each case in each round, after checking all of them; raises ValueError when one is wrong.
+
+    A round runs every case once, on inputs of the same seed: a burst of other work does not hit one of them alone, and
+    the rounds' own ratios may be compared.
+    """
+    seconds: list[list[float]] = [[] for _ in cases]
+    for seed in range(rounds + 1):
+        for case, times in zip(cases, seconds, strict=True):
+            inputs = case.inputs(seed)
+            started = clock()
+            result = case.run(inputs)
+            if seed:
+                times.append(clock() - started)
+            elif wrong := case.wrong(case.errors(inputs, result)):
+                raise ValueError(f"{case.name} is wrong: {wrong}, allowed {case.tolerance}")
+    return seconds
+
+
+def main() -> None:
+    """Per size: seconds, and what ours is faster by, by minimum, median, and median of the rounds' own ratios."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cases", description=main.__doc__)
+    parser.add_argument("module", help="such as benchmarks.test_update")
+    parser.add_argument("-k", dest="word", default="", help="only the sizes that contain this")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cpu-time", action="store_true", help="count no turns that other programs had")
+    arguments = parser.parse_args()
+    module = importlib.import_module(arguments.module)
+    chosen = [case for case in [*module.CASES, *getattr(module, "MORE", [])] if arguments.word in case.size]
+    for size, group in groupby(chosen, key=lambda case: case.size):
+        cases = list(group)
+        seconds = interleaved(cases, arguments.rounds, time.process_time if arguments.cpu_time else time.perf_counter)
+        kind = "CPU" if arguments.cpu_time else "wall"
+        print(f"{size}\n  {kind} time, {arguments.rounds} rounds, load average {os.getloadavg()[0]:.2f}")
+        ours = next(times for case, times in zip(cases, seconds, strict=True) if case.peer == OURS)
+        for case, times in zip(cases, seconds, strict=True):
+            each = statistics.median(a / b for a, b in zip(times, ours, strict=True))
+            low, middle = (f(times) / f(ours) for f in (min, statistics.median))
+            print(
+                f"  {case.peer:12} min {min(times):7.3f} s, median {statistics.median(times):7.3f} s; "
+                f"over ours: min {low:.3f}, median {middle:.3f}, round by round {each:.3f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

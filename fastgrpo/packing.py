@@ -5,6 +5,7 @@ As few micro-batches as the budget allows, weighed against one another by the wo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -36,6 +37,13 @@ def select(rollouts: list[Rollout], *, mask_truncated: bool, skip_zero: bool) ->
 
 
 def pack(rollouts: list[Rollout], *, max_tokens: int, share: bool = False, work: Work = _TOKENS) -> list[PackedBatch]:
+    """All micro-batches of `pack_lazily` at once."""
+    return list(pack_lazily(rollouts, max_tokens=max_tokens, share=share, work=work))
+
+
+def pack_lazily(
+    rollouts: list[Rollout], *, max_tokens: int, share: bool = False, work: Work = _TOKENS
+) -> Iterator[PackedBatch]:
     """Cut into micro-batches of at most `max_tokens` tokens, on the CPU; one longer sequence goes alone.
 
     share: completions of the same prompt tokens go together, and their prompt is there once in each micro-batch; they
@@ -59,8 +67,8 @@ def pack(rollouts: list[Rollout], *, max_tokens: int, share: bool = False, work:
     lengths = [[rollouts[i].num_tokens for i in unit] for unit in units]
     sizes = [prompts[unit[0]] + sum(tokens) for unit, tokens in zip(units, lengths, strict=True)]
     costs = [work.of(prompts[unit[0]], tokens) for unit, tokens in zip(units, lengths, strict=True)]
-    bins = _balanced(sizes, costs, max_tokens)
-    return [_pack_one(rollouts, [units[u] for u in chosen], sum(costs[u] for u in chosen)) for chosen in bins]
+    for chosen in _balanced(sizes, costs, max_tokens):
+        yield _pack_one(rollouts, [units[u] for u in chosen], sum(costs[u] for u in chosen))
 
 
 def _check(i: int, rollout: Rollout) -> None:

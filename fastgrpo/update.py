@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -74,32 +75,35 @@ class Updater:
         ]
         whole = packing.denominators(minibatch, mask_truncated=self.config.mask_truncated_completions)
         chosen = self._select(minibatch)
-        packed = self._pack(chosen)
-        threshold = self._entropy_threshold(packed)
+        threshold = self._entropy_threshold(chosen)
         with self.policy.mode(training=True):
-            outputs = [self._backward(placed, whole, threshold) for placed in self.policy.placed(packed)]
+            done = [(packed, self._backward(packed, whole, threshold)) for packed in self._placed(chosen)]
+        outputs = [output for _, output in done]
         loss = torch.stack([torch.zeros((), device=self.policy.device), *(o.loss.detach() for o in outputs)]).sum()
         # The one wait of the step: until here the host runs ahead of the device.
         figures = LossOutput.reduce([*outputs, {"loss": loss.double(), "grad_norm": self.optimizer.norm().double()}])
         applied = self.optimizer.step(rate, figures["grad_norm"])
-        if self.config.num_iterations > 1 and packed and packed[0].old_logprob is None:
-            _scatter([o.logprob for o in outputs], packed, chosen, "old_logprob")
+        if self.config.num_iterations > 1:  # with old log-probs they were the ones already known
+            _scatter([(p, o.logprob) for p, o in done if p.old_logprob is None], chosen, "old_logprob")
         batch.used += 1
         seconds = time.perf_counter() - started
-        return figures | self._token_metrics(packed, chosen, minibatch, seconds) | {"lr": rate}, applied
+        tokens = self._token_metrics([p for p, _ in done], chosen, minibatch, seconds)
+        return figures | tokens | {"lr": rate}, applied
 
     def _select(self, rollouts: list[Rollout]) -> list[Rollout]:
         return packing.select(rollouts, mask_truncated=self.config.mask_truncated_completions, skip_zero=self.skip_zero)
 
-    def _pack(self, rollouts: list[Rollout]) -> list[PackedBatch]:
+    def _placed(self, rollouts: list[Rollout]) -> Iterator[PackedBatch]:
+        """The rollouts as micro-batches on the policy's device, each made when it is asked for."""
         budget = self.config.max_tokens_per_microbatch
-        return packing.pack(rollouts, max_tokens=budget, share=self.policy.shares, work=self._work)
+        packed = packing.pack_lazily(rollouts, max_tokens=budget, share=self.policy.shares, work=self._work)
+        return self.policy.placed(packed)
 
-    def _backward(self, placed: PackedBatch, whole: Denominators, threshold: Tensor | None) -> LossOutput:
+    def _backward(self, packed: PackedBatch, whole: Denominators, threshold: Tensor | None) -> LossOutput:
         output = policy_loss(
-            self.policy.hidden(placed),
+            self.policy.hidden(packed),
             self.policy.head,
-            placed,
+            packed,
             config=self.loss_config,
             temperature=self.config.temperature,
             whole=whole,
@@ -110,16 +114,15 @@ class Updater:
 
     def _fill(self, name: str, rollouts: list[Rollout], model: Policy | Reference) -> None:
         """Set `old_logprob` or `ref_logprob` of the rollouts, without gradients."""
-        packed = self._pack(rollouts)
-        placed = self.policy.placed(packed)
-        _scatter([model.logprobs(p, self.config.temperature)[0] for p in placed], packed, rollouts, name)
+        temperature = self.config.temperature
+        _scatter([(p, model.logprobs(p, temperature)[0]) for p in self._placed(rollouts)], rollouts, name)
 
-    def _entropy_threshold(self, packed: list[PackedBatch]) -> Tensor | None:
+    def _entropy_threshold(self, rollouts: list[Rollout]) -> Tensor | None:
         """The quantile of the minibatch's entropies under the policy that starts the step; see docs/losses.md."""
-        if self.config.top_entropy_quantile == 1 or not packed:
+        if self.config.top_entropy_quantile == 1 or not rollouts:
             return None
         temperature = self.config.temperature
-        entropies = [self.policy.logprobs(placed, temperature)[1] for placed in self.policy.placed(packed)]
+        entropies = [self.policy.logprobs(packed, temperature)[1] for packed in self._placed(rollouts)]
         return _quantile(torch.cat(entropies).double(), 1 - self.config.top_entropy_quantile)
 
     def _token_metrics(
@@ -161,11 +164,11 @@ def _peak_flops(device: torch.device) -> float | None:
     return next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None)
 
 
-def _scatter(values: list[Tensor], packed: list[PackedBatch], rollouts: list[Rollout], name: str) -> None:
-    """Hand each micro-batch's [N] values back to the completions they belong to, on the CPU."""
+def _scatter(values: list[tuple[PackedBatch, Tensor]], rollouts: list[Rollout], name: str) -> None:
+    """Hand each micro-batch's [N] values back to the completions they belong to, on the CPU, in one transfer."""
     if not values:
         return
-    lengths = [rollouts[member].num_tokens for batch in packed for member in batch.members]
-    members = [member for batch in packed for member in batch.members]
-    for member, part in zip(members, torch.cat(values).cpu().split(lengths), strict=True):
-        setattr(rollouts[member], name, part.clone())
+    members = [rollouts[member] for packed, _ in values for member in packed.members]
+    parts = torch.cat([value for _, value in values]).cpu().split([r.num_tokens for r in members])
+    for rollout, part in zip(members, parts, strict=True):
+        setattr(rollout, name, part.clone())

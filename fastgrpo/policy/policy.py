@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,25 +64,19 @@ class Policy:
         """The FLOPs of a forward pass."""
         return describe_work(self.causal_lm)
 
-    def placed(self, batches: list[PackedBatch]) -> Iterator[PackedBatch]:
-        """The batches on this device, each one's copy to a GPU under way while the one before it is computed."""
+    def placed(self, batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
+        """The batches on this device. Each is made and copied to a GPU while it still computes the one before."""
         if self.device.type != "cuda":
-            yield from (batch.to(self.device) for batch in batches)
+            yield from batches
             return
         copies, compute = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
-
-        def start(batch: PackedBatch) -> PackedBatch:
+        for batch in batches:
             with torch.cuda.stream(copies):
-                return batch.to(self.device)
-
-        ahead = [start(batch) for batch in batches[:1]]
-        for i in range(len(batches)):
+                moved = batch.to(self.device)
             compute.wait_stream(copies)
-            ahead += [start(batch) for batch in batches[i + 1 : i + 2]]
-            batch = ahead.pop(0)
-            for tensor in batch.tensors():
+            for tensor in moved.tensors():
                 tensor.record_stream(compute)
-            yield batch
+            yield moved
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Hidden states that predict the batch's scored tokens: [N, D] of the model's dtype, differentiable.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 FREE_ON_RESUME = {
     *("output_dir", "overwrite_output_dir", "allow_config_change", "run_name", "report_to", "log_completions"),
     *("disable_progress", "max_steps", "num_train_epochs", "num_threads", "eval_steps", "eval_on_start", "eval_on_end"),
-    *("save_steps", "save_total_limit", "reward_timeout", "max_skipped_steps"),
+    *("save_steps", "save_total_limit", "reward_timeout", "max_skipped_steps", "check_sampling"),
 }
 
 _POSITIVE = (
@@ -44,9 +44,9 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     *("seed", "epsilon", "epsilon_high", "beta", "sampling_clip_min", "learning_rate", "warmup_steps"),
-    *("weight_decay", "max_grad_norm", "eval_steps", "save_steps"),
+    *("weight_decay", "max_grad_norm", "eval_steps", "save_steps", "top_k"),
 )
-_SHARES = ("lora_dropout", "ref_model_mixup_alpha", "min_lr_ratio", "adam_beta1", "adam_beta2")
+_SHARES = ("min_p", "lora_dropout", "ref_model_mixup_alpha", "min_lr_ratio", "adam_beta1", "adam_beta2")
 
 
 class ConfigError(ValueError):
@@ -82,6 +82,7 @@ class GRPOConfig(
         for name in _SHARES:
             _require(self, name, lambda v: 0 <= v <= 1, "between 0 and 1")
         _require(self, "top_entropy_quantile", lambda v: 0 < v <= 1, "above 0 and at most 1")
+        _require(self, "top_p", lambda v: 0 < v <= 1, "above 0 and at most 1")
         _require(self, "max_steps", lambda v: v == -1 or v > 0, "-1 or greater than 0")
         _require(self, "seed", lambda v: v < 2**63, "less than 2**63")
         _require(self, "output_dir", bool, "a folder's name")
@@ -136,6 +137,12 @@ class GRPOConfig(
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, in the order of the groups."""
         return asdict(self)
+
+    @property
+    def filters(self) -> str:
+        """The sampling filters in force, for people; empty when samples come from the whole distribution."""
+        default = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        return ", ".join(f"{n}={getattr(self, n)}" for n, off in default.items() if getattr(self, n) != off)
 
     @property
     def samples_per_batch(self) -> int:

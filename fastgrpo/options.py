@@ -139,6 +139,11 @@ class RolloutOptions:
         num_generations: Completions per prompt, the group.
         max_completion_length: Longest completion in tokens.
         temperature: Sampling temperature, also that of the trained distribution.
+        top_k: Sample from so many likeliest tokens only; 0 = all. This and the next two bias training: it knows nothing
+            of them.
+        top_p: Sample from the likeliest tokens that have this probability together.
+        min_p: Sample from tokens that have at least this share of the likeliest one's probability.
+        check_sampling: Compare the engine's log-probs with the trainer's on the first samples; stop if they disagree.
         rollout_batch_size: Completions decoded at once; bounds the memory of the cache.
         stop_token_ids: Tokens that end a completion beside the model's end-of-sequence tokens.
         dynamic_sampling: DAPO's: draw new prompts for groups without a signal (all rewards equal).
@@ -150,6 +155,10 @@ class RolloutOptions:
     num_generations: int = 8
     max_completion_length: int = 256
     temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    check_sampling: bool = True
     rollout_batch_size: int = 256
     stop_token_ids: list[int] = field(default_factory=list)
     dynamic_sampling: bool = False

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import packing
+from fastgrpo.agreement import check_agreement
 from fastgrpo.config import GRPOConfig
 from fastgrpo.loss import policy_loss
 from fastgrpo.optim import Optimizer
@@ -31,6 +32,7 @@ class Updater:
         self.loss_config = config.loss_config()
         self._peak_flops = _peak_flops(policy.device)
         self._work = policy.work
+        self._checked = False
         # Exact only when a zero advantage means a zero gradient: docs/losses.md.
         self.skip_zero = (
             config.skip_zero_advantage
@@ -45,6 +47,11 @@ class Updater:
         config = self.config
         if config.share_prompts and self.policy.unshared:
             notes.append(f"each completion gets a copy of its prompt in the update: {self.policy.unshared}")
+        if config.filters:
+            notes.append(
+                f"{config.filters}: samples come from a narrower distribution than the one that is trained, which "
+                "biases the gradient"
+            )
         longest = (config.max_prompt_length or 1) + config.max_completion_length
         if longest > config.max_tokens_per_microbatch:
             notes.append(
@@ -57,8 +64,12 @@ class Updater:
         """What must be known before the policy moves: reference log-probs, and old ones where they will be needed.
 
         The first minibatch gets its old log-probs from its own first forward, at no cost; those after it do not see
-        the old policy any more, so theirs are computed here.
+        the old policy any more, so theirs are computed here. Of the first batch also whether the engine's log-probs
+        are ours: EngineDisagrees if not.
         """
+        if self.config.check_sampling and not self._checked:
+            check_agreement(self.policy, batch.rollouts, self.config)
+        self._checked = True
         minibatches = [self._select(m) for m in packing.split_minibatches(batch.rollouts, self.config.num_minibatches)]
         if self.reference is not None:
             self._fill("ref_logprob", [r for m in minibatches for r in m], self.reference)

@@ -41,7 +41,9 @@ class Stage:
 STAGES = (
     Stage("environment", "checks:environment", 30),
     Stage("limits", "limits:limits", 60),
-    Stage("tests", "checks:tests", 120),
+    Stage("tests", "checks:tests", 150),
+    Stage("update", "update:update", 330),
+    Stage("attention", "attention:attention", 60),
     Stage("numerics", "head:numerics", 80),
     Stage("head", "head:head", 150),
     Stage("passes", "passes:passes", 70),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,53 @@ import pytest
 import torch
 
 from benchmarks import gpu_suite
+from benchmarks.gpu import update, update_cases
 from benchmarks.gpu.bench import Bench
+from fastgrpo.packing import pack
 
 
-@pytest.mark.parametrize("name", [s.name for s in gpu_suite.STAGES if s.name not in ("environment", "tests", "limits")])
+@pytest.mark.parametrize(
+    "name", [s.name for s in gpu_suite.STAGES if s.name not in ("environment", "tests", "limits", "update")]
+)
 def test_stage_gives_right_rows(name: str, tmp_path: Path) -> None:
-    gpu_suite.run_stage(name, tmp_path, "cpu", small=True)
-    rows = json.loads((tmp_path / f"{name}.json").read_text())
+    right_rows(name, tmp_path)
+
+
+def right_rows(name: str, out: Path) -> list[dict[str, Any]]:
+    """Every row of the stage's small form; ours must be right and timed."""
+    gpu_suite.run_stage(name, out, "cpu", small=True)
+    rows: list[dict[str, Any]] = json.loads((out / f"{name}.json").read_text())
     ours = [row for row in rows if row["peer"] == "fastgrpo"]
     assert ours
     assert all(row["correct"] is not False and not isinstance(row["error"], str) for row in ours), ours
-    assert all(row["ms"] > 0 for row in ours if name != "numerics")
+    assert all(row["ms"] > 0 for row in ours if row["case"] != "numerics")
     assert "ms" in gpu_suite.table(rows)
+    return rows
+
+
+def test_the_update_stage_says_what_it_compared(tmp_path: Path) -> None:
+    rows = right_rows("update", tmp_path)
+    assert {row["case"] for row in rows} >= {"update", "dead_groups", "sharing", "body", "growth", "checkpointing"}
+    steps = {row["params"]["dead"]: row for row in rows if row["case"] == "update" and row["peer"] == "fastgrpo"}
+    assert steps[1]["tokens"] < steps[0]["tokens"]
+    if find_spec("trl"):
+        assert all(row["error"]["gradient"] < 1e-5 for row in rows if row["case"] == "numerics")
+        assert sum(row["case"] == "against" and row["speed_ratio"] > 0 for row in rows) == 2
+
+
+def test_the_sizes_are_what_is_required(tmp_path: Path) -> None:
+    """More than 16,384 tokens a micro-batch where the MFU is measured; the lengths' means; half the groups dead."""
+    bench = Bench("update", tmp_path, torch.device("cuda"), small=False)
+    work = update_cases.gsm8k(bench, 64)
+    chosen = update_cases.rollouts(update_cases.SHAPES[1], work)
+    batches = pack(chosen, max_tokens=update.MFU_BUDGET, share=True)
+    assert all(len(batch.input_ids) >= 16384 for batch in batches)
+    assert sum(r.num_tokens for r in chosen) / len(chosen) == pytest.approx(150, rel=0.03)
+    assert all(r.advantage for r in chosen)
+    work = update_cases.long_prompts(bench, 16)
+    chosen = update_cases.rollouts(update_cases.SHAPES[0], work, dead=8)
+    assert sum(r.num_tokens for r in chosen) / len(chosen) == pytest.approx(256, rel=0.1)  # the cap takes some
+    assert [r.advantage != 0 for r in chosen] == [r.group >= 8 for r in chosen]
 
 
 def test_suite_runs_stages_in_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

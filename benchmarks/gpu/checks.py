@@ -17,8 +17,14 @@ from benchmarks.gpu.bench import Bench
 ROOT = Path(__file__).parents[2]
 SHARDS = 8
 """Processes that run tests at a time. They share the GPU: the largest test takes some 20 GB."""
-GPU_TESTS = ("tests/ops/test_gpu_ops.py", "tests/ops/test_gpu_head.py", "tests/ops/test_fuzz.py")
-PACKAGES = ("torch", "triton", "transformers", "numpy", "trl", "liger-kernel", "cut-cross-entropy")
+GPU_TESTS = (
+    *("tests/ops/test_gpu_attention.py", "tests/ops/test_shared_prefix_varlen.py", "tests/trainer/test_gpu_update.py"),
+    *("tests/ops/test_gpu_ops.py", "tests/ops/test_gpu_head.py", "tests/ops/test_fuzz.py"),
+)
+PACKAGES = (
+    *("torch", "triton", "transformers", "numpy", "trl", "liger-kernel", "cut-cross-entropy"),
+    *("flash-attn", "flash-attn-3", "flash-attn-4", "peft"),
+)
 
 
 def versions() -> dict[str, str | None]:

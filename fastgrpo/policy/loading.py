@@ -45,7 +45,8 @@ def load_policy(model: Any, processing_class: Any, config: GRPOConfig, peft_conf
             f"vocabulary mismatch: the tokenizer has {len(tokenizer)} tokens, the model's embedding "
             f"{model.get_input_embeddings().weight.shape[0]} rows"
         )
-    model = model.to(device=device, dtype=dtype)
+    model = model.to(device)
+    _cast(model, dtype)
     model.set_attn_implementation(register())
     _own_memory(model)
     if config.gradient_checkpointing:
@@ -55,6 +56,13 @@ def load_policy(model: Any, processing_class: Any, config: GRPOConfig, peft_conf
     policy = Policy(model.eval(), tokenizer)
     policy.self_check(share_prompts=config.share_prompts, longest=_longest(config))
     return policy
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Parameters alone: the buffers that rotations are computed from would lose their angles in 16 bits."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _checkpoint(model: Any, every: int) -> None:
@@ -89,7 +97,7 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={name!r} cannot be used: {_first_line(error)}") from error
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
 

@@ -16,6 +16,7 @@ from fastgrpo.packing import pack
 from fastgrpo.policy import Reference, attention, load_policy
 from fastgrpo.policy.attention import Packed, packed_attention, register
 from fastgrpo.policy.head import describe_head
+from fastgrpo.policy.loading import pick_device
 from fastgrpo.records import Prompt, Rollout
 from fastgrpo_kernels import PackedLayout
 
@@ -232,6 +233,28 @@ def test_save_and_load_are_bitwise_and_from_pretrained_reads_the_folder(
         assert torch.equal(p, q), name
         assert torch.equal(p, s), name
     assert (other.head.weight is other.causal_lm.get_input_embeddings().weight) == tied
+
+
+def test_half_precision_leaves_the_angles_of_rotations_alone(tiny_model_dir: Path) -> None:
+    """In bf16 the frequencies would be off by up to a radian at position 1000."""
+    exact = load_policy(str(tiny_model_dir), None, GRPOConfig())
+    policy = load_policy(str(tiny_model_dir), None, GRPOConfig(dtype="bfloat16"))
+    assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
+    buffers = dict(exact.model.named_buffers())
+    assert any("inv_freq" in name for name in buffers)
+    for name, buffer in policy.model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+
+
+def test_a_device_without_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "cuda" is whichever is current; torch refuses to be told so."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert pick_device("cuda") == torch.device("cuda")
+    assert chosen == []
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    assert chosen == [torch.device("cuda:1")]
 
 
 def test_parameters_own_aligned_memory(tiny_model_dir: Path) -> None:

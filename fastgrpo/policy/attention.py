@@ -12,7 +12,7 @@ the right, causality alone keeps real tokens from seeing it, so the result is ex
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -214,7 +214,9 @@ def _attention_forward(
         if packed.windows is not None:
             packed.windows.append(sliding_window)
         options: Any = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap}
-        return packed_attention(query, key, value, packed, **options), None
+        out = packed_attention(query, key, value, packed, **options)
+        # The same memory, but no view of anything: compiled layers are compiled anew for every kind of view they get.
+        return torch.ops.aten._unsafe_view(out, out.shape), None
     if softcap is not None:
         repeat = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
@@ -227,12 +229,16 @@ def _attention_forward(
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
+@cache
 def register() -> str:
-    """Make "fastgrpo" known to transformers, for any model that uses its attention interface; returns the name."""
+    """Make "fastgrpo" known to transformers, for any model that uses its attention interface; returns the name.
+
+    One function for good: compiled layers would be compiled anew for another. They call it as it is (compilation.py).
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, _attention_forward)
+    AttentionInterface.register(NAME, torch.compiler.disable(_attention_forward, reason="lengths are no constants"))
     AttentionMaskInterface.register(NAME, sdpa_mask)
     return NAME
 

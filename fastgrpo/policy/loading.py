@@ -13,6 +13,7 @@ import torch
 from fastgrpo.config import GRPOConfig
 from fastgrpo.importing import import_object
 from fastgrpo.policy.attention import register
+from fastgrpo.policy.compilation import compile_layers
 from fastgrpo.policy.policy import Policy
 from fastgrpo.policy.work import decoder_of
 
@@ -54,6 +55,8 @@ def load_policy(model: Any, processing_class: Any, config: GRPOConfig, peft_conf
     if peft_config is not None or config.use_peft:
         model = _with_adapters(model, peft_config, config)
     policy = Policy(model.eval(), tokenizer)
+    if config.torch_compile:
+        compile_layers(policy.causal_lm)
     policy.self_check(share_prompts=config.share_prompts, longest=_longest(config))
     return policy
 

@@ -86,8 +86,8 @@ class Policy:
         if len(batch.input_ids) != batch.layout.num_tokens:
             raise ValueError(f"{len(batch.input_ids)} input_ids, but the layout has {batch.layout.num_tokens} tokens")
         states = self.states(batch.input_ids, Packed(batch.layout))
-        # A shared prompt's last row is taken once per completion. Each device has one of the two whose backward adds the
-        # gradients up in a fixed order; the other one uses atomics there.
+        # A shared prompt's last row is taken once per completion. Each device has one of the two whose backward adds
+        # the gradients up in a fixed order; the other one uses atomics there.
         return states[batch.predictor_index] if states.is_cuda else states.index_select(0, batch.predictor_index)
 
     def states(self, input_ids: Tensor, packed: Packed) -> Tensor:

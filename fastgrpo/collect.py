@@ -5,15 +5,24 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from fastgrpo.advantages import assign_advantages, group_signal
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data import PromptSource
-from fastgrpo.records import Rollout, RolloutBatch, Sampling, TrainState
-from fastgrpo.rewards import RewardReport, RewardRunner, raise_if_all_failed, reward_statistics
+from fastgrpo.records import Prompt, Rollout, RolloutBatch, Sampling, TrainState
+from fastgrpo.rewards import (
+    OverlappedScoring,
+    RewardReport,
+    RewardRunner,
+    raise_if_all_failed,
+    reward_statistics,
+)
 from fastgrpo.rollout import Engine
 from fastgrpo.seeding import derive_seed
+
+_Sampled = tuple[list[Rollout], OverlappedScoring | None]
 
 
 class Collector:
@@ -24,6 +33,8 @@ class Collector:
         self.engine = engine
         self.rewards = rewards
         self.config = config
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="rollouts-ahead")
+        self._ahead: Future[_Sampled] | None = None
 
     def collect(self, state: TrainState, trainer_state: Any) -> RolloutBatch:
         """One rollout batch with advantages. Raises `AllRewardsFailed` when no sample has a valid reward."""
@@ -51,29 +62,67 @@ class Collector:
         state.num_tokens += sum(len(r.prompt.token_ids) + r.num_tokens for r in drawn)
         assign_advantages(kept, {f.name: f.weight for f in self.rewards.functions}, config)
         metrics = logged | reward_statistics(drawn) | batch_metrics(drawn) | clock
+        metrics["sampling/staleness"] = statistics.fmean(self.engine.version - r.weights_version for r in drawn)
         if config.dynamic_sampling:
             metrics["dynamic_sampling/rounds"] = rounds
             metrics["dynamic_sampling/dropped_groups"] = (len(drawn) - len(kept)) / config.num_generations
         return RolloutBatch(kept, metrics)
 
+    def close(self) -> None:
+        """Forget the batch that is being sampled ahead; its thread ends with the engine."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
     def _sample_and_score(
         self, count: int, attempt: int, state: TrainState, trainer_state: Any, clock: dict[str, float]
     ) -> tuple[list[Rollout], RewardReport]:
-        config = self.config
         started = time.perf_counter()
         prompts, state.prompts_drawn = self.source.draw(state.prompts_drawn, count)
-        sampling = Sampling(
-            max_tokens=config.max_completion_length,
-            temperature=config.temperature,
-            seed=derive_seed(config.seed, "rollout", state.batches_done, attempt),
-            stop_token_ids=tuple(config.stop_token_ids),
-        )
-        rollouts = self.engine.generate(prompts, config.num_generations, sampling)
+        if self._ahead is None:
+            rollouts, scoring = self._generate(prompts, self._sampling(state.batches_done, attempt), trainer_state)
+        else:
+            rollouts, scoring = self._ahead.result()
         generated = time.perf_counter()
-        report = self.rewards.score(rollouts, trainer_state=trainer_state, all_may_fail=True)
+        if self.config.async_rollouts:
+            self._begin_ahead(state, trainer_state)
+        report = scoring.finish() if scoring else self._score(rollouts, trainer_state)
         clock["perf/rollout_time"] += generated - started
         clock["perf/reward_time"] += time.perf_counter() - generated
         return rollouts, report
+
+    def _sampling(self, batch: int, attempt: int) -> Sampling:
+        config = self.config
+        return Sampling(
+            max_tokens=config.max_completion_length,
+            temperature=config.temperature,
+            seed=derive_seed(config.seed, "rollout", batch, attempt),
+            stop_token_ids=tuple(config.stop_token_ids),
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+        )
+
+    def _score(self, rollouts: list[Rollout], trainer_state: Any) -> RewardReport:
+        return self.rewards.score(rollouts, trainer_state=trainer_state, all_may_fail=True)
+
+    def _generate(self, prompts: list[Prompt], sampling: Sampling, trainer_state: Any) -> _Sampled:
+        """The rollouts, and who scores them since each group was complete; None = nobody yet."""
+        if not self.config.overlap_rewards:
+            return self.engine.generate(prompts, self.config.num_generations, sampling), None
+        scoring = OverlappedScoring(self.rewards, trainer_state)
+        try:
+            return self.engine.generate(prompts, self.config.num_generations, sampling, scoring.add), scoring
+        except BaseException:
+            scoring.close()
+            raise
+
+    def _begin_ahead(self, state: TrainState, trainer_state: Any) -> None:
+        """Sample the next batch in a thread, from the weights as they are and as they come to be.
+
+        Nothing of it enters `state`: a run that goes on from a checkpoint samples the batch anew.
+        """
+        prompts, _ = self.source.draw(state.prompts_drawn, self.config.num_prompts_per_step)
+        sampling = self._sampling(state.batches_done + 1, 1)
+        self._ahead = self._threads.submit(self._generate, prompts, sampling, trainer_state)
 
 
 def batch_metrics(rollouts: list[Rollout]) -> dict[str, float]:

@@ -40,7 +40,8 @@ _POSITIVE = (
     *("reward_timeout", "delta", "sampling_clip_max", "sapo_temperature_pos", "sapo_temperature_neg"),
     *("ref_model_sync_steps", "num_iterations", "num_minibatches", "max_tokens_per_microbatch", "adam_epsilon"),
     *("max_skipped_steps", "eval_max_prompts", "eval_num_generations", "eval_temperature"),
-    *("eval_max_completion_length", "save_total_limit", "gradient_checkpointing_every"),
+    *("eval_max_completion_length", "save_total_limit", "gradient_checkpointing_every", "rollout_timeout"),
+    *("vllm_server_timeout",),
 )
 _NOT_NEGATIVE = (
     *("seed", "epsilon", "epsilon_high", "beta", "sampling_clip_min", "learning_rate", "warmup_steps"),
@@ -102,6 +103,7 @@ class GRPOConfig(
             raise ConfigError(
                 f"gradient_checkpointing_every={self.gradient_checkpointing_every} needs gradient_checkpointing=true"
             )
+        self._check_engine()
         if self.num_minibatches > self.num_prompts_per_step:
             raise ConfigError(
                 f"num_minibatches={self.num_minibatches} is more than num_prompts_per_step="
@@ -126,6 +128,21 @@ class GRPOConfig(
         if self.sampling_clip_min is not None and self.sampling_clip_min > self.sampling_clip_max:
             raise ConfigError(
                 f"sampling_clip_min={self.sampling_clip_min} is above sampling_clip_max={self.sampling_clip_max}"
+            )
+
+    def _check_engine(self) -> None:
+        servers = bool(self.vllm_server_urls or self.vllm_server_devices)
+        if servers != (self.rollout_engine == "vllm_server"):
+            raise ConfigError(
+                "vllm_server_urls or vllm_server_devices, and rollout_engine=vllm_server go together: which servers, "
+                "and that they are used"
+            )
+        if self.async_rollouts and (self.rollout_engine != "vllm_server" or self.dynamic_sampling):
+            raise ConfigError("async_rollouts needs rollout_engine=vllm_server, and no dynamic_sampling")
+        if self.async_rollouts and self.sampling_correction == "none":
+            raise ConfigError(
+                "async_rollouts needs a sampling_correction, such as token_truncate: its samples come from the policy "
+                "of a step before"
             )
 
     def loss_config(self) -> LossConfig:

@@ -11,6 +11,8 @@ import sys
 _OPTIONAL = {
     "peft": ("LoRA adapters (use_peft)", "pip install 'fastgrpo[peft]'"),
     "math-verify": ("the reward 'math'", "pip install 'fastgrpo[math]'"),
+    "vllm": ("rollouts by vLLM (rollout_engine)", "pip install 'fastgrpo[vllm]'"),
+    "flash-attn": ("flash attention 2 in the update, with softcaps", "pip install 'fastgrpo[flash]'"),
     "wandb": ("Weights & Biases (report_to)", "pip install 'fastgrpo[wandb]'"),
 }
 _REQUIRED = ("torch", "triton", "transformers", "datasets", "jsonargparse", "safetensors", "tensorboard", "rich")

@@ -74,6 +74,9 @@ class ModelOptions:
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         gradient_checkpointing_every: With it, only every so many layers are recomputed: 2 = half the layers, at half
             the price. docs/update.md says what it saves.
+        torch_compile: Compile the decoder layers of the update, which fuses norms, rotations and activations: a minute
+            or two at the start. The result is the same to rounding, but no longer bitwise that of a run stopped and
+            gone on with.
         use_peft: Train LoRA adapters instead of the whole model (needs the extra "peft").
         lora_r: Rank of the adapters.
         lora_alpha: Scale of the adapters (the update is multiplied by lora_alpha / lora_r).
@@ -89,6 +92,7 @@ class ModelOptions:
     model_revision: str | None = None
     gradient_checkpointing: bool = False
     gradient_checkpointing_every: int = 1
+    torch_compile: bool = False
     use_peft: bool = False
     lora_r: int = 16
     lora_alpha: int = 32
@@ -134,7 +138,16 @@ class RolloutOptions:
     """Rollouts: how completions are sampled.
 
     Attributes:
-        rollout_engine: What generates. "loop": one prefill per prompt for its whole group, then token by token.
+        rollout_engine: What generates. "loop": this project's own, from the training weights themselves;
+            "transformers": its continuous batching; "vllm": vLLM on the policy's device, weights synced in place;
+            "vllm_server": vLLM servers, here or elsewhere. "auto": vllm on a GPU where it is installed, else loop.
+        rollout_timeout: Seconds a rollout batch may take; the run then stops, to be gone on with. Default: no limit.
+        async_rollouts: Sample the next batch while this one trains (vllm_server only). Its samples are one step old, so
+            sampling_correction must be on.
+        vllm_args: More arguments of vLLM, such as {gpu_memory_utilization: 0.5}.
+        vllm_server_urls: Addresses of vLLM servers that run already. docs/rollouts.md says how they must be started.
+        vllm_server_devices: Or start one here for each of these, its CUDA_VISIBLE_DEVICES: ["1", "2"].
+        vllm_server_timeout: Seconds for one prompt's samples; a server that takes longer counts as hung.
         num_prompts_per_step: Prompts in a rollout batch.
         num_generations: Completions per prompt, the group.
         max_completion_length: Longest completion in tokens.
@@ -150,7 +163,13 @@ class RolloutOptions:
         dynamic_sampling_max_rounds: Most times a step samples, the first time included.
     """
 
-    rollout_engine: Literal["auto", "loop"] = "auto"
+    rollout_engine: Literal["auto", "loop", "transformers", "vllm", "vllm_server"] = "auto"
+    rollout_timeout: float | None = None
+    async_rollouts: bool = False
+    vllm_args: dict[str, Any] | None = None
+    vllm_server_urls: list[str] = field(default_factory=list)
+    vllm_server_devices: list[str] = field(default_factory=list)
+    vllm_server_timeout: float = 1800.0
     num_prompts_per_step: int = 8
     num_generations: int = 8
     max_completion_length: int = 256
@@ -172,10 +191,13 @@ class RewardOptions:
     Attributes:
         reward_weights: One per reward function. Default: each function's own, or 1.
         reward_timeout: Seconds one call of a reward function may take; its samples then leave the step.
+        overlap_rewards: Score each group as soon as it is complete, while others are still sampled. Functions are then
+            called once per group, not once per batch, and need a timeout.
     """
 
     reward_weights: list[float] | None = None
     reward_timeout: float = 60.0
+    overlap_rewards: bool = False
 
 
 @dataclass(kw_only=True)

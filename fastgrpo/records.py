@@ -46,6 +46,7 @@ class Rollout:
                        (temperature applied); NaN where the engine did not report one.
     finished:          it ended by itself (end of sequence or stop), not by the length limit.
     text:              the decoded completion, without special tokens.
+    weights_version:   how many times its engine had taken the weights over when it began the sample.
 
     rewards:           by function name; NaN = that function failed on this sample.
     reward:            weighted sum; NaN = the sample failed, it leaves every statistic and does not train.
@@ -61,6 +62,7 @@ class Rollout:
     sampling_logprob: Tensor
     finished: bool
     text: str = ""
+    weights_version: int = 0
 
     rewards: dict[str, float] = field(default_factory=dict)
     reward: float = float("nan")
@@ -231,12 +233,20 @@ class Sampling:
     """How completions are drawn.
 
     max_tokens:     longest completion.
-    temperature:    logits are divided by it.
+    temperature:    logits are divided by it; 0 takes the likeliest token, with log-prob 0.
     seed:           the same seed, prompts and weights give the same completions.
     stop_token_ids: tokens that end a completion, beside the tokenizer's and model's end-of-sequence tokens.
+    top_k:          only the k likeliest tokens; 0 = all. The filters follow the temperature, in this order.
+    top_p:          only the likeliest tokens that together reach this probability; 1 = all.
+    min_p:          only tokens at least this likely, relative to the likeliest; 0 = all.
+
+    Log-probs are those of the distribution that is left, renormalised. The training forward knows no filters.
     """
 
     max_tokens: int
     temperature: float = 1.0
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0

@@ -226,6 +226,7 @@ def pack_rollouts(rollouts: Sequence[Rollout]) -> tuple[dict[str, Tensor], dict[
         "group": torch.tensor([r.group for r in rollouts], dtype=torch.int64),
         "prompt_index": torch.tensor([r.prompt.index for r in rollouts], dtype=torch.int64),
         "finished": torch.tensor([r.finished for r in rollouts], dtype=torch.bool),
+        "weights_version": torch.tensor([r.weights_version for r in rollouts], dtype=torch.int64),
         "reward": torch.tensor([r.reward for r in rollouts], dtype=torch.float64),
         "advantage": torch.tensor([r.advantage for r in rollouts], dtype=torch.float64),
         "rewards": torch.tensor([x for r in rollouts for x in r.rewards.values()], dtype=torch.float64),
@@ -260,7 +261,8 @@ def unpack_rollouts(
         if _digest(prompt) != meta["prompts"][str(index)]:
             raise CheckpointError(f"the prompt of row {index} is not what it was: data set or tokenizer has changed")
     lengths = tensors["length"].tolist()
-    columns = {name: tensors[name].tolist() for name in ("group", "prompt_index", "finished", "reward", "advantage")}
+    names = ("group", "prompt_index", "finished", "weights_version", "reward", "advantage")
+    columns = {name: tensors[name].tolist() for name in names}
     token_ids = iter(tensors["token_ids"].tolist())
     rewards = iter(tensors["rewards"].tolist())
     starts = dict.fromkeys(LOGPROBS, 0)
@@ -278,6 +280,7 @@ def unpack_rollouts(
                 token_ids=[next(token_ids) for _ in range(length)],
                 finished=columns["finished"][i],
                 text=meta["texts"][i],
+                weights_version=columns["weights_version"][i],
                 rewards={name: next(rewards) for name in meta["reward_names"][i]},
                 reward=columns["reward"][i],
                 advantage=columns["advantage"][i],

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from fastgrpo.records import Prompt, RolloutBatch, TrainState
 from fastgrpo.rewards import RewardRunner
 from fastgrpo.rollout import Engine, make_engine
 from fastgrpo.run_directory import RunDirectory
+from fastgrpo.seeding import seed_generators
 from fastgrpo.signals import StopRequested, StopSignals
 from fastgrpo.snapshot import MODEL_FOLDER, read_snapshot, write_snapshot
 from fastgrpo.state import load_json, rng_state
@@ -79,7 +79,7 @@ class GRPOTrainer:
         rewards = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         self.task = Task(model, processing_class, train_dataset, eval_dataset, rewards, peft_config)
         self._callback_list = list(callbacks or [])
-        self.rewards = RewardRunner(self.task.rewards(self.config))
+        self.rewards = RewardRunner(self.task.rewards(self.config), in_threads=self.config.overlap_rewards)
         self.config.loss_config()  # its own checks, before anything is loaded
         self.directory = RunDirectory(self.config.output_dir)
         self.state = TrainState()
@@ -131,9 +131,11 @@ class GRPOTrainer:
         self._end()
 
     def _close(self) -> None:
-        for name in ("recorder", "engine", "optimizer"):
+        for name in ("recorder", "collector", "engine", "optimizer"):
             if hasattr(self, name):
                 getattr(self, name).close()
+        if hasattr(self, "engine"):
+            del self.engine
         self.rewards.close()
         self.directory.release()
 
@@ -298,7 +300,7 @@ class GRPOTrainer:
         self.callbacks = Callbacks(self._callback_list, config, self.policy, self.optimizer.torch_optimizer)
         batches = math.ceil(config.num_train_epochs * len(self.source) / config.num_prompts_per_step)
         self.total_steps = config.max_steps if config.max_steps > 0 else batches * config.steps_per_batch
-        self._seed_generators()
+        seed_generators(self.config.seed)
         if checkpoint is not None:
             self.state, self.pending = read_snapshot(
                 checkpoint,
@@ -318,7 +320,7 @@ class GRPOTrainer:
         self.recorder = Recorder(self.directory, config, options, self.policy.device, self.state.step, self.total_steps)
         if checkpoint is not None:
             self.recorder.message(f"going on from {checkpoint}")
-        for note in self.updater.notes():
+        for note in (self._engine_choice, *self.updater.notes()):
             self.recorder.message(note)
         self._mark_boundary()
         return True
@@ -366,7 +368,7 @@ class GRPOTrainer:
         train_rows = self.task.train_rows(config) if train else None
         eval_rows = self.task.eval_rows(config)
         if not self._loaded:
-            self._seed_generators()
+            seed_generators(self.config.seed)
             self.policy = load_policy(model, self.task.processing_class, config, self.task.peft_config)
             self._loaded = True
         if train_rows is not None:
@@ -377,7 +379,8 @@ class GRPOTrainer:
             self.eval_prompts = list(held_out.usable(config.eval_max_prompts))
         if wrong := [t for t in config.stop_token_ids if not 0 <= t < self.policy.vocab_size]:
             raise ConfigError(f"stop_token_ids={wrong} are outside the vocabulary of {self.policy.vocab_size}")
-        self.engine = make_engine(config.rollout_engine, self.policy, batch_size=config.rollout_batch_size)
+        if not hasattr(self, "engine"):  # it may take a minute and half of the GPU: one serves both data sets
+            self.engine, self._engine_choice = make_engine(config, self.policy)
 
     # ------------------------------------------------------------------------------------------------- small matters
 
@@ -385,14 +388,6 @@ class GRPOTrainer:
         if not hasattr(self, "callbacks"):
             return None
         return self.callbacks.at(self.state.step, self.total_steps, self.state.num_tokens)
-
-    def _seed_generators(self) -> None:
-        """Python's, numpy's and torch's global generators: user code may draw from them."""
-        import numpy as np
-
-        random.seed(self.config.seed)
-        np.random.seed(self.config.seed % 2**32)  # noqa: NPY002 - the global one is what user code draws from
-        torch.manual_seed(self.config.seed)
 
     def _seconds(self) -> float:
         return round(self._seconds_before + time.perf_counter() - self.started, 3)

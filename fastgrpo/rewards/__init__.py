@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastgrpo.rewards.overlap import OverlappedScoring
     from fastgrpo.rewards.registry import RewardDefaults, resolve, resolve_all
     from fastgrpo.rewards.runner import (
         AllRewardsFailed,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AllRewardsFailed",
+    "OverlappedScoring",
     "RewardDefaults",
     "RewardFunction",
     "RewardReport",
@@ -30,7 +32,10 @@ __all__ = [
     "reward_statistics",
 ]
 
-_REGISTRY = {"RewardDefaults", "resolve", "resolve_all"}
+_ELSEWHERE = {
+    **dict.fromkeys(("RewardDefaults", "resolve", "resolve_all"), "registry"),
+    "OverlappedScoring": "overlap",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -38,4 +43,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{'registry' if name in _REGISTRY else 'runner'}"), name)
+    return getattr(import_module(f"{__name__}.{_ELSEWHERE.get(name, 'runner')}"), name)

@@ -67,6 +67,7 @@ class CallExecutor:
         self.max_abandoned = max_abandoned
         self._abandoned: list[tuple[str, threading.Thread]] = []
         self._loop: _LoopThread | None = None
+        self._starting = threading.Lock()  # groups may be scored from several threads
 
     def run(self, calls: list[Call]) -> list[Outcome]:
         """The outcomes, in the order of `calls`.
@@ -120,10 +121,11 @@ class CallExecutor:
         return outcome
 
     def _start_async(self, call: Call) -> tuple[Future[Outcome], float | None]:
-        if self._loop is None:
-            self._loop = _LoopThread()
         deadline = None if call.timeout is None else time.monotonic() + call.timeout + LOOP_GRACE
-        return asyncio.run_coroutine_threadsafe(_await_call(call), self._loop.loop), deadline
+        with self._starting:
+            if self._loop is None:
+                self._loop = _LoopThread()
+            return asyncio.run_coroutine_threadsafe(_await_call(call), self._loop.loop), deadline
 
     def _collect_async(self, call: Call, future: Future[Outcome], deadline: float | None) -> Outcome:
         remaining = None if deadline is None else max(0.0, deadline - time.monotonic())

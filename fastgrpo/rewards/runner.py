@@ -81,16 +81,21 @@ class RewardRunner:
     Results do not depend on the timing of threads, as far as the functions themselves do not.
     """
 
-    def __init__(self, functions: Sequence[RewardFunction], *, max_abandoned: int = 8) -> None:
+    def __init__(
+        self, functions: Sequence[RewardFunction], *, max_abandoned: int = 8, in_threads: bool = False
+    ) -> None:
         """max_abandoned: timed-out calls that may still hang in their threads before `score` raises.
 
-        Raises ValueError without functions or when two share a name.
+        in_threads: `score` will be called from other threads than the main one.
+        Raises ValueError without functions, when two share a name, or for one that must run in the main thread.
         """
         if not functions:
             raise ValueError("at least one reward function is needed")
         names = [function.name for function in functions]
         if len(set(names)) < len(names):
             raise ValueError(f"reward functions must have different names, got {names}")
+        if in_threads and (endless := [f.name for f in functions if f.timeout is None]):
+            raise ValueError(f"overlap_rewards needs a timeout for every reward function, and {endless[0]!r} has none")
         self.functions = tuple(functions)
         self._executor = CallExecutor(max_abandoned)
         self._logged: set[tuple[str, str]] = set()

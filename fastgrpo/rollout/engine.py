@@ -1,19 +1,33 @@
-"""What the trainer asks of whatever generates."""
+"""What the trainer asks of whatever generates, and which engine that is."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
+from fastgrpo.config import GRPOConfig
 from fastgrpo.records import Prompt, Rollout, Sampling
+
+_A_YEAR = 365 * 86400.0
 
 
 class Engine(Protocol):
     """Token ids in; token ids and the log-probs of the true sampling distribution out."""
 
-    def generate(self, prompts: list[Prompt], n: int, sampling: Sampling) -> list[Rollout]:
+    version: int
+    """How many times `sync` took the weights over; `Rollout.weights_version` is its value when a sample began."""
+
+    def generate(
+        self, prompts: list[Prompt], n: int, sampling: Sampling, done: Callable[[list[Rollout]], None] | None = None
+    ) -> list[Rollout]:
         """`n` completions of every prompt, those of one prompt together; `group` is the prompt's place in the list.
 
-        Sampled from the weights as they stand after the last `sync`; the same seed gives the same tokens.
+        Sampled from the weights as they stand after the last `sync`; the same seed gives the same tokens where the
+        engine says so. done: is called with each prompt's completions, the objects that are returned, as soon as the
+        engine has all of them; in the thread that called `generate`.
+        Raises RunError when the engine is dead or takes longer than it may.
         """
 
     def sync(self, policy: Any) -> None:
@@ -29,10 +43,81 @@ class Engine(Protocol):
         """Release everything."""
 
 
-def make_engine(name: str, policy: Any, *, batch_size: int) -> Engine:
-    """The engine `rollout_engine` names. "auto" takes the best one at hand, today always "loop"."""
+def make_engine(config: GRPOConfig, policy: Any) -> tuple[Engine, str]:
+    """The engine that `rollout_engine` names, and which it is and why, for people.
+
+    Raises ValueError, ImportError or RunError, in one line, for one that cannot be had.
+    """
+    name, reason = choose_engine(config.rollout_engine, policy.device.type)
+    return _MAKERS[name](config, policy), f"rollouts by {name} ({reason})"
+
+
+def choose_engine(name: str, device_type: str) -> tuple[str, str]:
+    """The engine for `rollout_engine` on a device, and why."""
+    if name in _MAKERS:
+        return name, "as asked for"
+    if name != "auto":
+        raise ValueError(f"rollout_engine={name!r} must be auto, {', '.join(_MAKERS)}")
+    if device_type != "cuda":
+        return "loop", "the fastest on a CPU"
+    return ("vllm", "installed") if find_spec("vllm") else ("loop", "vllm is not installed")
+
+
+def _loop(config: GRPOConfig, policy: Any) -> Engine:
     from fastgrpo.rollout.loop import LoopEngine
 
-    if name not in ("auto", "loop"):
-        raise ValueError(f"rollout_engine={name!r} must be auto or loop")
-    return LoopEngine(policy.model, policy.tokenizer, batch_size=batch_size)
+    return LoopEngine(policy.model, policy.tokenizer, batch_size=config.rollout_batch_size)
+
+
+def _transformers(config: GRPOConfig, policy: Any) -> Engine:
+    from fastgrpo.rollout.transformers import TransformersEngine
+
+    timeout = config.rollout_timeout or _A_YEAR
+    return TransformersEngine(policy.model, policy.tokenizer, batch_size=config.rollout_batch_size, timeout=timeout)
+
+
+def _vllm(config: GRPOConfig, policy: Any) -> Engine:
+    from fastgrpo.rollout.vllm import VLLMEngine
+
+    return VLLMEngine(
+        policy, max_length=_longest(config), step_timeout=config.rollout_timeout, engine_args=config.vllm_args
+    )
+
+
+def _vllm_server(config: GRPOConfig, policy: Any) -> Engine:
+    from fastgrpo.rollout.vllm_server import ServerOptions, VLLMServerEngine
+
+    arguments = [part for key, value in (config.vllm_args or {}).items() for part in _flag(key, value)]
+    options = ServerOptions(
+        urls=config.vllm_server_urls,
+        devices=config.vllm_server_devices,
+        arguments=arguments,
+        max_length=_longest(config),
+        log_folder=str(Path(config.output_dir) / "vllm") if config.vllm_server_devices else None,
+        request_timeout=config.vllm_server_timeout,
+        step_timeout=config.rollout_timeout,
+    )
+    return VLLMServerEngine(policy, options)
+
+
+_MAKERS: dict[str, Callable[[GRPOConfig, Any], Engine]] = {
+    "loop": _loop,
+    "transformers": _transformers,
+    "vllm": _vllm,
+    "vllm_server": _vllm_server,
+}
+
+
+def _longest(config: GRPOConfig) -> int | None:
+    """Tokens of the longest prompt and completion, in training and evaluation; None = what the context allows."""
+    if config.max_prompt_length is None:
+        return None
+    return config.max_prompt_length + max(config.max_completion_length, config.eval_max_completion_length or 0)
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    """An argument of `vllm.LLM` as one of `vllm serve`: true is the flag alone, false its `--no-` form."""
+    name = key.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", str(value)]

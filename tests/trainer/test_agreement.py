@@ -19,7 +19,7 @@ from fastgrpo.update import Updater
 
 def _sampled(folder: Path, temperature: float = 1.0) -> tuple[Policy, list[Rollout]]:
     policy = load_policy(str(folder), None, GRPOConfig())
-    engine = make_engine("loop", policy, batch_size=16)
+    engine, _ = make_engine(GRPOConfig(rollout_engine="loop"), policy)
     prompts = [Prompt(i, "", list(range(10, 14 + i))) for i in range(3)]
     rollouts = engine.generate(prompts, 4, Sampling(max_tokens=6, temperature=temperature))
     for r in rollouts:

@@ -11,8 +11,9 @@ from fastgrpo.policy import Policy
 from fastgrpo.records import Rollout
 
 # The mean difference per token that two right implementations may have. In 16 bits they round differently in every
-# layer: 0.01 to 0.03 is usual. A wrong temperature or stale weights give more than 0.1 wherever it matters.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+# layer, by 0.01 to 0.03 per token. A temperature of 0.9 taken for 1 is off by 0.04 where the policy has half a nat of
+# entropy, so in 16 bits a small mistake can pass; the sampling metrics then show it.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 _SAMPLES = 8
 
 

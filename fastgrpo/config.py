@@ -32,6 +32,7 @@ FREE_ON_RESUME = {
     *("output_dir", "overwrite_output_dir", "allow_config_change", "run_name", "report_to", "log_completions"),
     *("disable_progress", "max_steps", "num_train_epochs", "num_threads", "eval_steps", "eval_on_start", "eval_on_end"),
     *("save_steps", "save_total_limit", "reward_timeout", "max_skipped_steps", "check_sampling"),
+    *("gradient_checkpointing", "gradient_checkpointing_every"),  # bitwise the same; max_tokens_per_microbatch is not
 }
 
 _POSITIVE = (

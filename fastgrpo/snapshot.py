@@ -42,11 +42,11 @@ def write_snapshot(
     state: TrainState,
     rng: dict[str, Any],
     pending: RolloutBatch | None,
-    cut: tuple[int, int],
+    use: dict[str, Any],
 ) -> None:
     """Write everything that decides the future of a run into `folder`.
 
-    reference: only when it moves. cut: (num_iterations, num_minibatches), how the pending rollouts are being used.
+    reference: only when it moves. use: `Updater.use`, how the pending rollouts are being used.
     """
     policy.save(folder / MODEL_FOLDER)
     tensors, values = pack_optimizer(optimizer.torch_optimizer, optimizer.names)
@@ -56,7 +56,7 @@ def write_snapshot(
         save_tensors(folder / "reference.safetensors", reference.weights())
     if pending is not None:
         rollout_tensors, contents["rollouts"] = pack_rollouts(pending.rollouts)
-        contents["batch"] = {"metrics": pending.metrics, "used": pending.used, "cut": list(cut)}
+        contents["batch"] = {"metrics": pending.metrics, "used": pending.used, "use": use}
         save_tensors(folder / "rollouts.safetensors", rollout_tensors)
     save_json(folder / "state.json", contents)
 
@@ -68,7 +68,7 @@ def read_snapshot(
     optimizer: Optimizer,
     reference: Reference | None,
     source: PromptSource,
-    cut: tuple[int, int],
+    use: dict[str, Any],
 ) -> tuple[TrainState, RolloutBatch | None]:
     """Put a run back where `write_snapshot` found it, the random generators included.
 
@@ -87,11 +87,12 @@ def read_snapshot(
         reference.load_weights(load_tensors(folder / "reference.safetensors"))
     pending = None
     if "batch" in contents:
-        was = tuple(contents["batch"].pop("cut"))
-        if was != cut:
+        was = contents["batch"].pop("use", None)
+        if was != use:
+            changed = [f"{name}: {(was or {}).get(name)} -> {value}" for name, value in use.items()]
             raise CheckpointError(
-                f"{folder} holds rollouts in use with (num_iterations, num_minibatches) = {was}, now {cut}: change "
-                "these from a checkpoint without pending rollouts"
+                f"{folder} holds rollouts that are being used otherwise ({', '.join(changed)}): change these options "
+                "from a checkpoint without pending rollouts"
             )
         saved = load_tensors(folder / "rollouts.safetensors")
         rollouts = unpack_rollouts(saved, contents["rollouts"], source.__getitem__)

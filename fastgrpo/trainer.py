@@ -262,7 +262,7 @@ class GRPOTrainer:
                 state=self.state,
                 rng=rng,
                 pending=self.pending,
-                cut=(self.config.num_iterations, self.config.num_minibatches),
+                use=self.updater.use,
             ),
         )
         self._last_saved_step = self.state.step
@@ -308,7 +308,7 @@ class GRPOTrainer:
                 optimizer=self.optimizer,
                 reference=self._moving_reference,
                 source=self.source,
-                cut=(config.num_iterations, config.num_minibatches),
+                use=self.updater.use,
             )
             self.source.too_long = self.state.too_long
             self.engine.sync(self.policy)

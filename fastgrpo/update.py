@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,13 @@ class Updater:
             and config.entropy_coef == 0
             and config.top_entropy_quantile == 1
         )
+
+    @property
+    def use(self) -> dict[str, Any]:
+        """What decides which of a batch's rollouts a step takes and what must be known of them."""
+        names = ("num_iterations", "num_minibatches", "mask_truncated_completions")
+        use: dict[str, Any] = {name: getattr(self.config, name) for name in names}
+        return use | {"skip_zero_advantage": self.skip_zero, "reference": self.reference is not None}
 
     def notes(self) -> list[str]:
         """What a user should know of how these options and this model go together."""

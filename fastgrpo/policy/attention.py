@@ -67,8 +67,9 @@ class Buckets:
         gathered, kept = torch.cat([b.flatten() for b in buckets]), torch.cat(real).nonzero().squeeze(1)
         back = torch.empty(sum(lengths), dtype=torch.int64)
         back[gathered[kept]] = kept
-        self.rows = [b.to(device) for b in buckets]
-        self.back = back.to(device)
+        pin = device.type == "cuda"  # then the copies make nobody wait
+        self.rows = [(b.pin_memory() if pin else b).to(device, non_blocking=True) for b in buckets]
+        self.back = (back.pin_memory() if pin else back).to(device, non_blocking=True)
 
 
 def _alike(lengths: tuple[int, ...]) -> list[list[int]]:

@@ -17,8 +17,8 @@ def describe_head(model: Any) -> LMHead:
     """
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
-        kind = type(head).__name__
-        raise ValueError(f"the LM head of {type(model).__name__} is a {kind}, not one plain linear layer")
+        kind = "missing" if head is None else f"of type {type(head).__module__}.{type(head).__name__}"
+        raise ValueError(f"the LM head of {type(model).__name__} is {kind}, not one plain torch.nn.Linear")
     config = model.config.get_text_config()
 
     def option(*names: str) -> float | None:

@@ -49,6 +49,7 @@ def load_policy(model: Any, processing_class: Any, config: GRPOConfig, peft_conf
     model = model.to(device)
     _cast(model, dtype)
     model.set_attn_implementation(register())
+    _drop_nothing(model)
     _own_memory(model)
     if config.gradient_checkpointing:
         _checkpoint(model, config.gradient_checkpointing_every)
@@ -59,6 +60,16 @@ def load_policy(model: Any, processing_class: Any, config: GRPOConfig, peft_conf
         compile_layers(policy.causal_lm)
     policy.self_check(share_prompts=config.share_prompts, longest=_longest(config))
     return policy
+
+
+def _drop_nothing(model: Any) -> None:
+    """No dropout: samples know none, so in the update it would make every ratio noise. Adapters have their own."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
@@ -191,6 +202,8 @@ def _with_adapters(model: Any, peft_config: Any, config: GRPOConfig) -> Any:
             lora_dropout=config.lora_dropout,
             target_modules=config.lora_target_modules,
         )
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(f"peft_config: {type(peft_config).__name__} learns a prompt, and rollouts know only weights")
     # Adapters start from random numbers of the global generator: the same for a seed, whatever was drawn before.
     torch.manual_seed(config.seed)
     if config.gradient_checkpointing:

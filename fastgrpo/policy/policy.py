@@ -34,6 +34,7 @@ class Policy:
         self.device: torch.device = next(model.parameters()).device
         self.dtype: torch.dtype = self.causal_lm.get_input_embeddings().weight.dtype
         self.unshared: str | None = "not checked yet"
+        self._copies: torch.cuda.Stream | None = None  # one for good: the allocator keeps memory for each stream
 
     @property
     def head(self) -> LMHead:
@@ -69,7 +70,9 @@ class Policy:
         if self.device.type != "cuda":
             yield from batches
             return
-        copies, compute = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(self.device)
+        copies, compute = self._copies, torch.cuda.current_stream(self.device)
         for batch in batches:
             with torch.cuda.stream(copies):
                 moved = batch.to(self.device)

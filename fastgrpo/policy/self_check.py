@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastgrpo.policy.attention import NAME, CannotShareError, Packed
-from fastgrpo.policy.work import layer_types, layer_windows
+from fastgrpo.policy.work import decoder_of, layer_types, layer_windows
 from fastgrpo_kernels import PackedLayout
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 # takes its softmax in fp32 at best, also in a float64 model.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-# What configs call dropout on attention weights.
-_DROPOUTS = ("attention_dropout", "attn_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 _KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -47,19 +45,41 @@ def self_check(policy: Policy, *, share_prompts: bool, longest: int | None) -> s
             logits = _packed_logits(policy, ids, packed)
         except Exception as error:
             raise ValueError(f"{name} cannot run packed sequences: {type(error).__name__}: {error}") from error
-        difference = _difference(logits, _alone(policy, ids.split([5, 2, 7])))
+        alone = _alone(policy, ids.split([5, 2, 7]))
+        if not alone.isfinite().all():
+            raise ValueError(f"{name} gives logits that are not finite on its own")
+        difference = _difference(logits, alone)
         if not difference <= _TOLERANCE[policy.dtype]:
             raise ValueError(
                 f"{name}: packed sequences give other logits than the model's own forward (relative difference "
                 f"{difference:.1e}); its attention or LM head is of a kind that is not supported"
             )
-        if partial := _sees_a_part(policy.causal_lm.config.get_text_config(), packed.windows, limit):
-            raise ValueError(f"{name} cannot run packed sequences of up to {limit} tokens: {partial}")
-        return _why_not_share(policy, ids, limit) if share_prompts else "share_prompts is off"
+        if reason := _differs_when_long(policy.causal_lm, packed.windows, limit):
+            raise ValueError(f"{name} cannot run packed sequences of up to {limit} tokens: {reason}")
+    if not (difference := _training_differs(policy, ids, packed)) <= _TOLERANCE[policy.dtype]:
+        raise ValueError(
+            f"{name} computes something else while it trains than when it samples (relative difference "
+            f"{difference:.1e}), as with dropout: ratios would be noise"
+        )
+    if not share_prompts:
+        return "share_prompts is off"
+    with policy.mode(training=True):  # as in the update
+        return _why_not_share(policy, ids, limit)
 
 
-def _sees_a_part(config: Any, windows: list[int | None], limit: int) -> str | None:
-    """How some layer sees less of a long sequence than packed attention would show it; None when none does."""
+def _training_differs(policy: Policy, ids: Tensor, packed: Packed) -> float:
+    """By how much train() changes the model itself; adapters may have dropout, which is documented."""
+    with policy.model.disable_adapter() if policy.is_peft else nullcontext():
+        logits = []
+        for training in (False, True):
+            with policy.mode(training=training):
+                logits.append(_packed_logits(policy, ids, packed))
+    return _difference(logits[1], logits[0])
+
+
+def _differs_when_long(causal_lm: Any, windows: list[int | None], limit: int) -> str | None:
+    """How some layer treats a long sequence, or a late row, as packed attention does not; None when none does."""
+    config = causal_lm.config.get_text_config()
     unknown = sorted(set(layer_types(config)) - _KNOWN_LAYERS)
     if unknown:
         return f"its layers of type {', '.join(unknown)} are not plain attention"
@@ -69,13 +89,33 @@ def _sees_a_part(config: Any, windows: list[int | None], limit: int) -> str | No
     claimed = [w for w in layer_windows(config) if w is not None and w < limit]
     if len(claimed) > sum(w is not None for w in windows):
         return f"its sliding window of {claimed[0]} tokens is in its masks alone, and attention is not told of it"
+    if getattr(config, "attn_temperature_tuning", False) and 0 in getattr(config, "no_rope_layers", ()):
+        return "it scales attention by a row's place in the row, not by its position (attn_temperature_tuning)"
+    bounds = [bound for module in decoder_of(causal_lm).modules() for bound in _rotation_bounds(module)]
+    if bounds and min(bounds) < limit:
+        return (
+            f"the longest sequence decides every one's rotations beyond {min(bounds)} tokens "
+            f"(max_prompt_length + max_completion_length may be {min(bounds)})"
+        )
     return None
 
 
+def _rotation_bounds(module: torch.nn.Module) -> list[int]:
+    """Lengths beyond which transformers takes other frequencies for a whole call: longrope and dynamic NTK."""
+    kinds = getattr(module, "rope_type", None)
+    bounds = []
+    for layer, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+        if kind == "longrope":
+            config: Any = module.config
+            parameters = config.rope_parameters
+            parameters = parameters if layer is None else parameters[layer]
+            bounds.append(int(parameters["original_max_position_embeddings"]))
+        elif isinstance(kind, str) and "dynamic" in kind:
+            bounds.append(int(module.original_max_seq_len))  # type: ignore[arg-type]
+    return bounds
+
+
 def _why_not_share(policy: Policy, ids: Tensor, limit: int) -> str | None:
-    config = policy.causal_lm.config.get_text_config()
-    if dropout := max(getattr(config, option, None) or 0.0 for option in _DROPOUTS):
-        return f"attention dropout of {dropout}"
     completions, other, prompt = ids[:5].split([3, 2]), ids[5:9], ids[9:]
     packed = Packed(PackedLayout((5, 4), ((3, 2), ()), policy.device), limit)
     try:

@@ -6,6 +6,7 @@ or pages between two of them, no graph is stale. A model that cannot be captured
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -112,9 +113,16 @@ class PagedDecoder(Decoder):
         self.uniforms = torch.zeros(
             batch_size, sampling.max_tokens + BURST, dtype=torch.float64, device=cache.shape.device
         )
+        self.refill = batch_size // 8
         self.bursts: dict[int, Burst] = {}
         self.reason: str | None = None if cache.shape.device.type == "cuda" else "CUDA graphs are for NVIDIA GPUs"
         self._memory = torch.cuda.graph_pool_handle() if self.reason is None else None
+
+    def _next_prompts(self, waiting: deque[Group], n: int) -> list[Group]:
+        # A step that brings prompts is not captured, and slow for all rows: it waits until it fills many slots.
+        if self.cache.rows and len(self.free) < self.refill:
+            return []
+        return super()._next_prompts(waiting, n)
 
     def _turn(self, groups: list[Group], ended: Ended) -> list[Row]:
         rows = list(self.cache.rows)

@@ -190,12 +190,13 @@ def _check_list(name: str, value: Any, of: str) -> None:
 
 def _lengths(name: str, lengths: Sequence[int], minimum: int) -> tuple[int, ...]:
     _check_list(name, lengths, "ints")
+    lengths = tuple(lengths)  # an iterator can be read once
     for i, length in enumerate(lengths):
         if not isinstance(length, int) or isinstance(length, bool):
             raise TypeError(f"{name}[{i}]: expected an int, got {type(length).__name__}")
         if length < minimum:
             raise ValueError(f"{name}[{i}]: expected a length >= {minimum}, got {length}")
-    return tuple(lengths)
+    return lengths
 
 
 def _bounds(lengths: Sequence[int]) -> list[int]:

@@ -64,3 +64,9 @@ def test_bad_lengths() -> None:
         PackedLayout([2.0], [[1]])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"fewer than 2\^31 tokens"):
         PackedLayout([2**31], [[]])
+
+
+def test_lengths_may_be_iterators() -> None:
+    layout = PackedLayout(iter([3]), [iter([1, 2])])  # type: ignore[arg-type, list-item]
+    assert (layout.prompt_lengths, layout.completion_lengths) == ((3,), ((1, 2),))
+    assert layout.num_tokens == 6

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from float64 import float64_throughout
 
+from fastgrpo.config import GRPOConfig
 from fastgrpo.packing import pack
-from fastgrpo.policy import Policy, attention
+from fastgrpo.policy import Policy, attention, load_policy
 from fastgrpo.policy.attention import register
 from fastgrpo.records import Prompt, Rollout
+from fastgrpo_kernels import PackedLayout
 
 _SMALL = {
     "vocab_size": 61,
@@ -75,26 +76,6 @@ def _rollouts() -> list[Rollout]:
     return made
 
 
-@contextmanager
-def _float64_throughout() -> Iterator[None]:
-    """transformers computes norms, rotations, routers and eager softmax in fp32; here float64 stays float64."""
-    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
-
-    def stays(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if x.dtype == torch.float64 and torch.float32 in (*args, *kwargs.values()):
-            return x
-        return to(x, *args, **kwargs)
-
-    def wide(x: torch.Tensor, *args: Any, dtype: Any = None, **kwargs: Any) -> torch.Tensor:
-        return softmax(x, *args, dtype=torch.float64 if x.dtype == torch.float64 else dtype, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "to", stays)
-        patch.setattr(torch.Tensor, "float", lambda x: stays(x, torch.float32))
-        patch.setattr(torch.nn.functional, "softmax", wide)
-        yield
-
-
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
 @pytest.mark.parametrize("name", sorted(_FAMILIES))
@@ -108,7 +89,7 @@ def test_logits_and_gradients_are_those_of_each_sequence_alone(
     rollouts = _rollouts()
     [batch] = pack(rollouts, max_tokens=1000, share=share and policy.shares)
     assert batch.layout.shares == (share and policy.shares)
-    with _float64_throughout():
+    with float64_throughout():
         packed = policy.head.logits(policy.hidden(batch))
         alone = []
         for r in (rollouts[m] for m in batch.members):
@@ -135,7 +116,8 @@ _NO_WINDOW = "no window for this test"
 def no_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, whose flash attention has no window over shared prompts."""
 
-    def refuse(*_: Any, window: int | None, softcap: float | None) -> str | None:
+    def refuse(_: Any, layout: PackedLayout, *, window: int | None, softcap: float | None) -> str | None:
+        assert window is None or window < layout.longest  # else the op would not look at it
         return _NO_WINDOW if window is not None else None
 
     monkeypatch.setattr(attention, "why_not_flash", refuse)
@@ -175,6 +157,33 @@ _REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "other logits than the model's own forward",
     ),
     "qwen3-next": ("Qwen3Next", {"head_dim": 8, **_MOE, **_LINEAR}, "other logits|linear_attention"),
+    "phi3-longrope": (
+        "Phi3",
+        {
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4,
+                "original_max_position_embeddings": 16,
+            },
+        },
+        "decides every one's rotations beyond 16 tokens",
+    ),
+    "llama-dynamic": (
+        "Llama",
+        {
+            "max_position_embeddings": 16,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        },
+        "decides every one's rotations beyond 16 tokens",
+    ),
+    "llama4-temperature": (
+        "Llama4",
+        {"head_dim": 8, "attention_chunk_size": 999, "num_local_experts": 2, "no_rope_layers": [1, 0]},
+        "scales attention by a row's place in the row",
+    ),
     "llama4": ("Llama4", {"head_dim": 8, "attention_chunk_size": 16, "num_local_experts": 2}, "in chunks of 16 tokens"),
     "gpt-oss": ("GptOss", {"head_dim": 8, "num_local_experts": 2}, r"uses \['s_aux'\]"),
     "phimoe": ("Phimoe", {"sliding_window": 16, "num_local_experts": 2}, "sliding window of 16 tokens is in its masks"),
@@ -187,11 +196,11 @@ def test_what_cannot_be_packed_is_refused_with_the_reason(name: str) -> None:
     model = _model(family, extra, torch.float32)
     model.set_attn_implementation(register())
     with pytest.raises(ValueError, match=reason):
-        Policy(model, None).self_check()
+        Policy(model, None).self_check(longest=64)
 
 
-@pytest.mark.parametrize(("name", "limit"), [("llama4", 16), ("phimoe", 16)])
-def test_within_its_chunk_or_window_it_is_packed(name: str, limit: int) -> None:
+@pytest.mark.parametrize(("name", "limit"), [("llama4", 16), ("phi3-longrope", 16), ("llama-dynamic", 16)])
+def test_within_its_limit_it_is_packed(name: str, limit: int) -> None:
     family, extra, reason = _REFUSED[name]
     model = _model(family, extra, torch.float32)
     model.set_attn_implementation(register())
@@ -199,3 +208,31 @@ def test_within_its_chunk_or_window_it_is_packed(name: str, limit: int) -> None:
     policy.self_check(longest=limit)
     with pytest.raises(ValueError, match=reason):
         policy.self_check(longest=limit + 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "extra"),
+    [("Phi3", {"resid_pdrop": 0.1}), ("GPTNeoX", {"hidden_dropout": 0.1}), ("Phimoe", {"num_local_experts": 2})],
+)
+def test_a_model_that_trains_another_function_than_it_samples_is_refused(family: str, extra: dict[str, Any]) -> None:
+    model = _model(family, extra, torch.float32)
+    model.set_attn_implementation(register())
+    with pytest.raises(ValueError, match="computes something else while it trains than when it samples"):
+        Policy(model, None).self_check(longest=16)
+
+
+@pytest.mark.parametrize(
+    ("family", "extra"),
+    [("Phi3", {"resid_pdrop": 0.1}), ("GPTNeoX", {"hidden_dropout": 0.1}), ("Llama", {"attention_dropout": 0.1})],
+)
+def test_dropout_is_off_in_what_is_loaded(family: str, extra: dict[str, Any], tiny_tokenizer: Any) -> None:
+    model = _model(family, {"vocab_size": 105, **extra}, torch.float32)
+    policy = load_policy(model, tiny_tokenizer, GRPOConfig())
+    assert policy.shares
+    [batch] = pack(_rollouts(), max_tokens=1000, share=True)
+    states = []
+    for training in (False, True):
+        with policy.mode(training=training), torch.no_grad():
+            states.append(policy.hidden(batch))
+    assert torch.equal(*states)
+    assert {**model.config.to_dict(), **extra} == model.config.to_dict()  # it is saved with the dropout it came with

@@ -6,7 +6,9 @@ pages hold 4 tokens, so that prompts and completions span many. The real kernel 
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from fastgrpo.policy import Policy, load_policy
 from fastgrpo.records import Prompt, Rollout, Sampling
 from fastgrpo.rollout import loop, loop_burst, loop_paged
 from fastgrpo.rollout.loop import LoopEngine
+from fastgrpo.rollout.loop_cache import Group, Row
 from fastgrpo.rollout.loop_slabs import KeyShape
 
 _PAGE = 4
@@ -195,3 +198,27 @@ def test_what_paged_attention_is_not_for() -> None:
         assert "half precision and heads" in str(loop_paged.why_not_paged(on_gpu))
     known = loop_paged.why_not_paged(KeyShape(2, 2, 64, torch.bfloat16, torch.device("cuda")))
     assert known is None or "varlen_attn" in known
+
+
+def test_pytorchs_own_attention_takes_these_arguments() -> None:
+    """Its shape function, not its kernel: names, dtypes and shapes of the call, decoding rows and a prompt at once."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    shape = KeyShape(1, 2, 8, torch.bfloat16, torch.device("cpu"))
+    if loop_paged.why_not_paged(dataclasses.replace(shape, device=torch.device("cuda"))):
+        pytest.skip("this PyTorch has no paged attention")
+    group = Group(token_ids=[1, 2, 3, 4, 5])
+    with FakeTensorMode():
+        cache = loop_paged.PagedCache(
+            shape, rows=2, groups=2, longest_prompt=5, longest_completion=3, attention=loop_paged.varlen_attn()
+        )
+        first = Group(token_ids=[6, 7])
+        cache.add_prompts([first])
+        for slot in range(2):
+            cache.add_row(Row(group=first, slot=slot))
+        cache.add_prompts([group])
+        step = cache.step([group])
+        q, k = (torch.zeros(1, heads, 7, 8, dtype=torch.bfloat16) for heads in (4, 2))
+        for window in (None, 3):
+            out = step(SimpleNamespace(layer_idx=0), q, k, k, scaling=0.3, sliding_window=window)  # type: ignore[arg-type]
+            assert out.shape == (1, 7, 4, 8)

@@ -16,7 +16,7 @@ from fastgrpo.config import GRPOConfig
 from fastgrpo.optim import Optimizer
 from fastgrpo.policy import Policy, Reference, load_policy
 from fastgrpo.records import Prompt, Rollout, RolloutBatch
-from fastgrpo.update import Updater
+from fastgrpo.update import Updater, _quantile
 
 _LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "reinforce"]
 
@@ -133,6 +133,42 @@ def test_the_cut_into_microbatches_changes_nothing(loss_type: str, tiny_model_di
             assert metrics[name] == pytest.approx(whole_metrics[name], rel=1e-5, abs=1e-6)
 
 
+def test_only_tokens_of_high_entropy_keep_their_policy_loss(tiny_model_dir: Path) -> None:
+    """Against the naive loss with torch's own quantile over the step's trained tokens."""
+    share = 0.3
+    config = _config(top_entropy_quantile=share, loss_type="dapo", max_tokens_per_microbatch=25)
+    updater = _updater(tiny_model_dir, config)
+    batch = _batch()
+    assign_advantages(batch.rollouts, {"r": 1.0}, config)
+    policy = load_policy(str(tiny_model_dir), None, config)
+    valid = [r for r in batch.rollouts if not r.failed]
+    entropies, terms = [], []
+    for r in valid:
+        ids = torch.tensor([[*r.prompt.token_ids, *r.token_ids]])
+        logp = policy.model(input_ids=ids, use_cache=False).logits[0, len(r.prompt.token_ids) - 1 : -1].log_softmax(-1)
+        entropies.append(-(logp.exp() * logp).sum(-1).detach())
+        own = logp.gather(1, torch.tensor(r.token_ids)[:, None]).squeeze(1)
+        terms.append(-(own - own.detach()).exp() * r.advantage)
+    every = torch.cat(entropies)
+    threshold = torch.quantile(every.double(), 1 - share)
+    kept = every >= threshold
+    assert 0.25 < kept.double().mean() < 0.35
+    (torch.cat(terms)[kept].sum() / len(every)).backward()
+    expected = [p.grad for _, p in policy.trainable()]
+    gradients, _ = _gradients(updater, batch)
+    scale = max(e.abs().max() for e in expected if e is not None)
+    for g, e in zip(gradients, expected, strict=True):
+        assert e is not None
+        assert (g - e).abs().max() <= 2e-5 * scale
+
+
+@pytest.mark.parametrize("q", [0.0, 0.2, 0.5, 0.77, 1.0])
+def test_quantile_is_torchs(q: float) -> None:
+    for n in (1, 2, 7, 100):
+        values = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+        torch.testing.assert_close(_quantile(values, q), torch.quantile(values, q), rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("loss_type", _LOSSES)
 def test_skipping_dead_sequences_is_exact(loss_type: str, tiny_model_dir: Path) -> None:
     results = []
@@ -247,14 +283,16 @@ def test_bf16_model_with_master_weights_learns(tiny_model_dir: Path) -> None:
     assert updater.policy.dtype == torch.bfloat16
     batch = _batch()
     assign_advantages(batch.rollouts, {"r": 1.0}, config)
+    before = [m.clone() for m in updater.optimizer.masters().values()]
     metrics, applied = updater.step(batch, 1e-2)
     assert applied
     assert metrics["grad_norm"] > 0
-    for weight, master in zip(
-        (p for _, p in updater.policy.trainable()), updater.optimizer.masters().values(), strict=False
-    ):
-        assert weight.dtype == torch.bfloat16
+    trained = dict(updater.policy.trainable())
+    assert len(before) == len(trained)
+    for name, old, master in zip(updater.optimizer.names, before, updater.optimizer.masters().values(), strict=True):
         assert master.dtype == torch.float32
+        assert not torch.equal(old, master), name
+        assert torch.equal(trained[name], master.bfloat16()), name
 
 
 class TestAdvantages:

@@ -66,7 +66,9 @@ def choose_engine(name: str, device_type: str) -> tuple[str, str]:
 def _loop(config: GRPOConfig, policy: Any) -> Engine:
     from fastgrpo.rollout.loop import LoopEngine
 
-    return LoopEngine(policy.model, policy.tokenizer, batch_size=config.rollout_batch_size)
+    return LoopEngine(
+        policy.model, policy.tokenizer, batch_size=config.rollout_batch_size, timeout=config.rollout_timeout
+    )
 
 
 def _transformers(config: GRPOConfig, policy: Any) -> Engine:

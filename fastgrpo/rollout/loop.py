@@ -6,11 +6,14 @@ A model that cannot be decoded so runs over transformers' cache; `reason` says w
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from fastgrpo.errors import RunError
 from fastgrpo.records import Prompt, Rollout, Sampling
 from fastgrpo.rollout.loop_burst import BURST, PagedDecoder
 from fastgrpo.rollout.loop_cache import Row, SlabCache
@@ -27,6 +30,7 @@ class LoopEngine:
     model:       a causal (or PEFT) model with this project's attention; put into eval() while it generates, and back.
     tokenizer:   decodes, and names the end-of-sequence token.
     batch_size:  completions decoded at once.
+    timeout:     seconds that one `generate` may take; None = any.
 
     reason:      why the model runs over transformers' own cache, slower; None when it does not, or was not yet asked.
     unpaged:     why keys and values are not in pages read by flash attention, as a GPU wants them; None when they are.
@@ -37,12 +41,13 @@ class LoopEngine:
     numbers are its own, so another batch_size changes tokens only where rounding does.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 256) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 256, timeout: float | None = None) -> None:
+        self.timeout = timeout
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.version = 0
-        self.end_tokens = _end_tokens(model, tokenizer)
+        self.end_tokens = end_tokens_of(model, tokenizer)
         self.reason: str | None = None
         self.unpaged: str | None = "not asked yet"
         self.uncaptured: str | None = "not asked yet"
@@ -70,6 +75,15 @@ class LoopEngine:
                 if done is not None:
                     done(groups[group])
 
+        deadline = time.monotonic() + (math.inf if self.timeout is None else self.timeout)
+
+        def check() -> None:
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"rollouts took longer than rollout_timeout={self.timeout:g} s: {len(groups)} of {len(prompts)} "
+                    "prompts were done"
+                )
+
         was_training = self.model.training
         self.model.eval()
         try:
@@ -77,9 +91,9 @@ class LoopEngine:
                 self._ask()
             ids = [prompt.token_ids for prompt in prompts]
             if self._shape is None:
-                decode_plainly(self.model, ids, n, sampling, ends, self.batch_size, ended)
+                decode_plainly(self.model, ids, n, sampling, ends, self.batch_size, ended, check)
             else:
-                self._decode(self._shape, ids, n, sampling, ends, ended)
+                self._decode(self._shape, ids, n, sampling, ends, ended, check)
         finally:
             self.model.train(was_training)
         return [rollout for group in range(len(prompts)) for rollout in groups[group]]
@@ -113,7 +127,14 @@ class LoopEngine:
                 self.unpaged = f"{type(error).__name__}: {error}"
 
     def _decode(
-        self, shape: KeyShape, prompts: list[list[int]], n: int, sampling: Sampling, ends: set[int], ended: Ended
+        self,
+        shape: KeyShape,
+        prompts: list[list[int]],
+        n: int,
+        sampling: Sampling,
+        ends: set[int],
+        ended: Ended,
+        check: Callable[[], None],
     ) -> None:
         rows = min(self.batch_size, len(prompts) * n)
         longest = max(len(ids) for ids in prompts)
@@ -132,7 +153,7 @@ class LoopEngine:
         else:
             cache = SlabCache(shape, rows=rows, longest_prompt=longest, longest_completion=sampling.max_tokens)
             decoder = Decoder(self.model, cache, sampling, ends, rows)
-        decoder.run(prompts, n, ended)
+        decoder.run(prompts, n, ended, check)
         self.cache_bytes = cache.nbytes
         self.uncaptured = decoder.reason if isinstance(decoder, PagedDecoder) else "keys and values are not in pages"
 
@@ -152,7 +173,7 @@ class LoopEngine:
         ]
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+def end_tokens_of(model: Any, tokenizer: Any) -> set[int]:
     """The end-of-sequence tokens of the model's generation config and of the tokenizer."""
     ids = {tokenizer.eos_token_id}
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

@@ -71,13 +71,17 @@ class Decoder:
         self.ready: deque[Group] = deque()
 
     @torch.no_grad()
-    def run(self, prompts: Sequence[list[int]], n: int, ended: Ended) -> None:
-        """Decode everything; `ended` is called once per sample, in the order in which they end."""
+    def run(self, prompts: Sequence[list[int]], n: int, ended: Ended, check: Callable[[], None]) -> None:
+        """Decode everything; `ended` is called once per sample, in the order in which they end.
+
+        check: called before every forward; what it raises ends the decoding.
+        """
         waiting = deque(
             Group(index=i, token_ids=ids, waiting=list(range(i * n, i * n + n))) for i, ids in enumerate(prompts)
         )
         live = 0
         while waiting or self.ready or live:
+            check()
             live += self._start(ended)
             groups = self._next_prompts(waiting, n)
             if live or groups:

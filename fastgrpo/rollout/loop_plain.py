@@ -35,6 +35,7 @@ def decode_plainly(
     ends: set[int],
     batch_size: int,
     ended: Callable[[PlainRow, bool], None],
+    check: Callable[[], None],
 ) -> None:
     """As `Decoder.run`; a group larger than `batch_size` still goes together.
 
@@ -48,7 +49,7 @@ def decode_plainly(
         rows = [PlainRow(i * n + k) for i in chunk for k in range(n)]
         draws = torch.cat([uniforms(sampling.seed, i, n, sampling.max_tokens) for i in chunk])
         batch = _Batch.prefill(model, [prompts[i] for i in chunk], n)
-        _decode(model, batch, rows, draws, sampling, ends, ended)
+        _decode(model, batch, rows, draws, sampling, ends, ended, check)
 
 
 def _decode(
@@ -59,10 +60,12 @@ def _decode(
     sampling: Sampling,
     ends: set[int],
     ended: Callable[[PlainRow, bool], None],
+    check: Callable[[], None],
 ) -> None:
     draws = draws.to(batch.logits.device)
     live = list(range(len(rows)))  # places in the batch; rows that ended go on being sampled until they leave
     for step in range(sampling.max_tokens):
+        check()
         tokens, logprobs = sample(batch.logits, draws[:, step], sampling)
         drawn, their_logprobs = tokens.tolist(), logprobs.tolist()
         still = []

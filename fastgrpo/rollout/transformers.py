@@ -23,7 +23,7 @@ import torch
 
 from fastgrpo.errors import RunError
 from fastgrpo.records import Prompt, Rollout, Sampling
-from fastgrpo.rollout.loop import _end_tokens
+from fastgrpo.rollout.loop import end_tokens_of
 
 # Tokens of a page: what flash attention's block tables ask for; and small ones where nothing asks, to waste less.
 _FLASH_PAGE, _PAGE = 256, 32
@@ -73,7 +73,7 @@ class TransformersEngine:
         self.batch_size = batch_size
         self.timeout = timeout
         self.keep_asleep = keep_asleep
-        self.end_tokens = _end_tokens(model, tokenizer)
+        self.end_tokens = end_tokens_of(model, tokenizer)
         self._causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._session: _Session | None = None
         self._hung = False

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastgrpo.records import Prompt, Rollout, Sampling
-from fastgrpo.rollout.loop import _end_tokens
+from fastgrpo.rollout.loop import end_tokens_of
 from fastgrpo.seeding import derive_seed
 
 # The oldest version the engines were run with; before it the calls they make are missing or differ.
@@ -59,7 +59,7 @@ def sampling_options(policy: Any, sampling: Sampling, group: int, n: int) -> dic
     gives sample k of the prompt the seed + k. It applies min_p before the other filters; log-probs are those of what
     it does.
     """
-    ends = _end_tokens(policy.causal_lm, policy.tokenizer) | set(sampling.stop_token_ids)
+    ends = end_tokens_of(policy.causal_lm, policy.tokenizer) | set(sampling.stop_token_ids)
     return {
         "n": n,
         "temperature": sampling.temperature,

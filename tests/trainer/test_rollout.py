@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastgrpo.config import GRPOConfig
+from fastgrpo.errors import RunError
 from fastgrpo.packing import pack
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.records import Prompt, Rollout, Sampling
@@ -200,3 +201,26 @@ def test_single_completions_single_prompts_single_tokens(policy: Policy, make: A
     assert len(rollouts) == 64
     _assert_true_logprobs(policy, rollouts)
     assert engine.generate([], 4, Sampling(3)) == []
+
+
+@pytest.mark.parametrize("make", [_engine, _plain_engine])
+def test_a_batch_that_takes_too_long_is_an_error_that_says_so(policy: Policy, make: Any) -> None:
+    engine = make(policy)
+    engine.timeout = 0.0
+    with pytest.raises(RunError, match=r"longer than rollout_timeout=0 s: 0 of 2 prompts were done"):
+        engine.generate(_prompts(policy, "ab", "c"), 2, Sampling(8))
+    assert not policy.model.training
+    engine.timeout = None
+    assert len(engine.generate(_prompts(policy, "ab", "c"), 2, Sampling(8))) == 4
+
+
+@pytest.mark.parametrize("make", [_engine, _plain_engine])
+def test_groups_are_handed_over_as_they_are_complete(policy: Policy, make: Any) -> None:
+    seen: list[list[Any]] = []
+    engine = make(policy, 4)
+    rollouts = engine.generate(_prompts(policy, "ab", "cde", "f"), 3, Sampling(12, 1.5), seen.append)
+    assert sorted(group[0].group for group in seen) == [0, 1, 2]
+    for group in seen:
+        members = [r for r in rollouts if r.group == group[0].group]
+        assert all(a is b for a, b in zip(group, members, strict=True))
+        assert all(r.weights_version == engine.version for r in group)

@@ -79,7 +79,7 @@ def _transformers(config: GRPOConfig, policy: Any) -> Engine:
 
 
 def _vllm(config: GRPOConfig, policy: Any) -> Engine:
-    from fastgrpo.rollout.vllm import VLLMEngine
+    from fastgrpo.rollout.vllm.engine import VLLMEngine
 
     return VLLMEngine(
         policy, max_length=_longest(config), step_timeout=config.rollout_timeout, engine_args=config.vllm_args
@@ -87,7 +87,7 @@ def _vllm(config: GRPOConfig, policy: Any) -> Engine:
 
 
 def _vllm_server(config: GRPOConfig, policy: Any) -> Engine:
-    from fastgrpo.rollout.vllm_server import ServerOptions, VLLMServerEngine
+    from fastgrpo.rollout.vllm.server import ServerOptions, VLLMServerEngine
 
     arguments = [part for key, value in (config.vllm_args or {}).items() for part in _flag(key, value)]
     options = ServerOptions(

@@ -125,12 +125,12 @@ def test_greedy_tokens_are_those_of_generate(policy: Policy, make: Any) -> None:
 
 def test_rows_that_end_are_replaced_at_once(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 96 samples in 8 slots few decode alone, and a long prompt fits beside short ones."""
-    from fastgrpo.rollout import loop_decoder
+    from fastgrpo.rollout.loop import decoder
 
     sizes = []
-    forward = loop_decoder.forward
+    forward = decoder.forward
     monkeypatch.setattr(
-        loop_decoder,
+        decoder,
         "forward",
         lambda model, step, tokens: (sizes.append(len(tokens)), forward(model, step, tokens))[1],
     )

@@ -20,10 +20,10 @@ from fastgrpo.config import GRPOConfig
 from fastgrpo.packing import pack
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.records import Prompt, Rollout, Sampling
-from fastgrpo.rollout import loop, loop_burst, loop_paged
-from fastgrpo.rollout.loop import LoopEngine
-from fastgrpo.rollout.loop_cache import Group, Row
-from fastgrpo.rollout.loop_slabs import KeyShape
+from fastgrpo.rollout.loop import LoopEngine, burst, paged
+from fastgrpo.rollout.loop import engine as loop_engine
+from fastgrpo.rollout.loop.cache import Group, Row
+from fastgrpo.rollout.loop.slabs import KeyShape
 
 _PAGE = 4
 
@@ -75,12 +75,12 @@ def _varlen_attn(
 @pytest.fixture(autouse=True)
 def _pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pages and the stand-in; short bursts, so that rows end in the middle of one and between two."""
-    for module in (loop_paged, loop_burst):
+    for module in (paged, burst):
         monkeypatch.setattr(module, "PAGE", _PAGE)
-    for module in (loop, loop_burst):
+    for module in (loop_engine, burst):
         monkeypatch.setattr(module, "BURST", 3)
-    monkeypatch.setattr(loop, "why_not_paged", lambda shape: None)
-    monkeypatch.setattr(loop, "varlen_attn", lambda: _varlen_attn)
+    monkeypatch.setattr(loop_engine, "why_not_paged", lambda shape: None)
+    monkeypatch.setattr(loop_engine, "varlen_attn", lambda: _varlen_attn)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_the_same_tokens_as_over_slabs(policy: Policy, batch_size: int, monkeypa
     assert engine.uncaptured == "CUDA graphs are for NVIDIA GPUs"
     assert len({r.num_tokens for r in rollouts}) > 5
     _assert_true_logprobs(policy, rollouts, 1.4)
-    monkeypatch.setattr(loop, "why_not_paged", lambda shape: "not now")
+    monkeypatch.setattr(loop_engine, "why_not_paged", lambda shape: "not now")
     plain = _engine(policy, batch_size)
     assert [r.token_ids for r in plain.generate(prompts, 6, sampling)] == [r.token_ids for r in rollouts]
     assert plain.unpaged == "not now"
@@ -135,7 +135,7 @@ def test_a_seed_repeats_bit_for_bit(policy: Policy) -> None:
 
 def test_prompts_wait_for_pages(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """One prompt's pages at a time: slots stay empty rather than pages being taken twice."""
-    monkeypatch.setattr(loop, "groups_at_once", lambda rows, n: 1)
+    monkeypatch.setattr(loop_engine, "groups_at_once", lambda rows, n: 1)
     prompts = _prompts(policy, *("z" * n for n in (9, 9, 8, 9, 7, 9)))
     rollouts = _engine(policy, 8).generate(prompts, 3, Sampling(9, 1.4, seed=1, stop_token_ids=(5, 6, 7, 8)))
     _assert_true_logprobs(policy, rollouts, 1.4)
@@ -171,7 +171,7 @@ def test_sliding_windows(tiny_tokenizer: Any) -> None:
 
 
 def test_a_kernel_that_disagrees_is_not_used(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "varlen_attn", lambda: lambda q, *_, **__: q)
+    monkeypatch.setattr(loop_engine, "varlen_attn", lambda: lambda q, *_, **__: q)
     engine = _engine(policy, 4)
     rollouts = engine.generate(_prompts(policy, "ab", "c"), 3, Sampling(6))
     assert engine.unpaged is not None
@@ -183,7 +183,7 @@ def test_a_kernel_that_fails_is_not_used(policy: Policy, monkeypatch: pytest.Mon
     def broken(*_: Any, **__: Any) -> Tensor:
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr(loop, "varlen_attn", lambda: broken)
+    monkeypatch.setattr(loop_engine, "varlen_attn", lambda: broken)
     engine = _engine(policy, 4)
     rollouts = engine.generate(_prompts(policy, "ab", "c"), 3, Sampling(6))
     assert engine.unpaged == "RuntimeError: no kernel image"
@@ -192,11 +192,11 @@ def test_a_kernel_that_fails_is_not_used(policy: Policy, monkeypatch: pytest.Mon
 
 def test_what_paged_attention_is_not_for() -> None:
     shape = KeyShape(2, 2, 64, torch.bfloat16, torch.device("cpu"))
-    assert "not cpu" in str(loop_paged.why_not_paged(shape))
+    assert "not cpu" in str(paged.why_not_paged(shape))
     for size, dtype in ((60, torch.bfloat16), (512, torch.bfloat16), (64, torch.float32)):
         on_gpu = KeyShape(2, 2, size, dtype, torch.device("cuda"))
-        assert "half precision and heads" in str(loop_paged.why_not_paged(on_gpu))
-    known = loop_paged.why_not_paged(KeyShape(2, 2, 64, torch.bfloat16, torch.device("cuda")))
+        assert "half precision and heads" in str(paged.why_not_paged(on_gpu))
+    known = paged.why_not_paged(KeyShape(2, 2, 64, torch.bfloat16, torch.device("cuda")))
     assert known is None or "varlen_attn" in known
 
 
@@ -205,12 +205,12 @@ def test_pytorchs_own_attention_takes_these_arguments() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     shape = KeyShape(1, 2, 8, torch.bfloat16, torch.device("cpu"))
-    if loop_paged.why_not_paged(dataclasses.replace(shape, device=torch.device("cuda"))):
+    if paged.why_not_paged(dataclasses.replace(shape, device=torch.device("cuda"))):
         pytest.skip("this PyTorch has no paged attention")
     group = Group(token_ids=[1, 2, 3, 4, 5])
     with FakeTensorMode():
-        cache = loop_paged.PagedCache(
-            shape, rows=2, groups=2, longest_prompt=5, longest_completion=3, attention=loop_paged.varlen_attn()
+        cache = paged.PagedCache(
+            shape, rows=2, groups=2, longest_prompt=5, longest_completion=3, attention=paged.varlen_attn()
         )
         first = Group(token_ids=[6, 7])
         cache.add_prompts([first])

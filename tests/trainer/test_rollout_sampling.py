@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from fastgrpo.records import Sampling
-from fastgrpo.rollout.loop_sampling import sample, uniforms
+from fastgrpo.rollout.loop.sampling import sample, uniforms
 
 
 def _uniform(count: int, seed: int = 0) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from fastgrpo.errors import RunError
 from fastgrpo.records import Rollout, Sampling
-from fastgrpo.rollout.vllm import VLLMEngine
+from fastgrpo.rollout.vllm.engine import VLLMEngine
 
 from .cases import EOS, logprob_error, make_policy, make_prompts, optimizer_step
 

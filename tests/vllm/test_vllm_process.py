@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from fastgrpo.errors import RunError
-from fastgrpo.rollout.vllm_client import ServerClient
-from fastgrpo.rollout.vllm_process import ServerProcess
+from fastgrpo.rollout.vllm.client import ServerClient
+from fastgrpo.rollout.vllm.process import ServerProcess
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_it_is_told_where_to_listen_and_what_it_runs_in(make: Callable[[str], Se
     server = make('echo "$@ $COLOUR $VLLM_SERVER_DEV_MODE."; cat')
     server.start()
     wait_for(lambda: server.log.read_text().endswith(".\n"))
-    expected = f"-m fastgrpo.rollout.vllm_serve --model here --host 127.0.0.1 --port {server.port} blue 1.\n"
+    expected = f"-m fastgrpo.rollout.vllm.serve --model here --host 127.0.0.1 --port {server.port} blue 1.\n"
     assert server.log.read_text() == expected
     server.close()
 

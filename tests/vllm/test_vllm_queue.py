@@ -13,8 +13,8 @@ import pytest
 
 from fastgrpo.errors import RunError
 from fastgrpo.records import Rollout, Sampling
-from fastgrpo.rollout.vllm_queue import RequestQueue
-from fastgrpo.rollout.vllm_server import ServerOptions, VLLMServerEngine
+from fastgrpo.rollout.vllm.queue import RequestQueue
+from fastgrpo.rollout.vllm.server import ServerOptions, VLLMServerEngine
 
 from .cases import make_policy, make_prompts
 

@@ -15,7 +15,7 @@ import torch
 
 from fastgrpo.errors import RunError
 from fastgrpo.records import Rollout, Sampling
-from fastgrpo.rollout.vllm_server import ServerOptions, VLLMServerEngine
+from fastgrpo.rollout.vllm.server import ServerOptions, VLLMServerEngine
 
 from .cases import EOS, logprob_error, make_policy, make_prompts, optimizer_step
 

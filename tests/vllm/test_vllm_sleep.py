@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo.rollout import vllm
-from fastgrpo.rollout.vllm import VLLMEngine
-from fastgrpo.rollout.vllm_weights import checkpoint_weights
+from fastgrpo.rollout.vllm import engine as vllm_engine
+from fastgrpo.rollout.vllm.engine import VLLMEngine
+from fastgrpo.rollout.vllm.weights import checkpoint_weights
 
 from .cases import make_policy, optimizer_step
 
@@ -43,7 +43,7 @@ class StandIn:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> VLLMEngine:
-    monkeypatch.setattr(vllm, "import_vllm", lambda: SimpleNamespace(LLM=StandIn))
+    monkeypatch.setattr(vllm_engine, "import_vllm", lambda: SimpleNamespace(LLM=StandIn))
     return VLLMEngine(make_policy(), max_length=64, engine_args={"enable_sleep_mode": True})
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo.rollout.vllm_client import ServerClient, ServerDownError
-from fastgrpo.rollout.vllm_transfer import NCCLTransfer
-from fastgrpo.rollout.vllm_weights import checkpoint_weights
+from fastgrpo.rollout.vllm.client import ServerClient, ServerDownError
+from fastgrpo.rollout.vllm.transfer import NCCLTransfer
+from fastgrpo.rollout.vllm.weights import checkpoint_weights
 
 from .cases import make_policy, optimizer_step
 

@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from fastgrpo.policy import Policy
-from fastgrpo.rollout import vllm_weights
-from fastgrpo.rollout.vllm_requests import check_version, import_vllm
-from fastgrpo.rollout.vllm_weights import checkpoint_weights, write_model_folder
+from fastgrpo.rollout.vllm import weights as vllm_weights
+from fastgrpo.rollout.vllm.requests import check_version, import_vllm
+from fastgrpo.rollout.vllm.weights import checkpoint_weights, write_model_folder
 
 from .cases import make_policy, optimizer_step
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.records import Sampling
-from fastgrpo.rollout.loop_sampling import sample, uniforms
+from fastgrpo.rollout.loop.sampling import sample, uniforms
 
 
 @dataclass

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.rollout.loop_cache import Group, Row
-from fastgrpo.rollout.loop_slabs import KeyShape
+from fastgrpo.rollout.loop.cache import Group, Row
+from fastgrpo.rollout.loop.slabs import KeyShape
 
 # Tokens of a page: flash attention 2 wants multiples of 256.
 PAGE = 256

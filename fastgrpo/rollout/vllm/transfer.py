@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
-from fastgrpo.rollout.vllm_client import ServerClient, ServerDownError
-from fastgrpo.rollout.vllm_process import free_port
-from fastgrpo.rollout.vllm_requests import import_vllm
-from fastgrpo.rollout.vllm_weights import checkpoint_weights, write_model_folder, write_weights
+from fastgrpo.rollout.vllm.client import ServerClient, ServerDownError
+from fastgrpo.rollout.vllm.process import free_port
+from fastgrpo.rollout.vllm.requests import import_vllm
+from fastgrpo.rollout.vllm.weights import checkpoint_weights, write_model_folder, write_weights
 
 
 class Transfer(Protocol):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastgrpo.records import Sampling
-from fastgrpo.rollout.loop_cache import Group, Row
-from fastgrpo.rollout.loop_sampling import sample, uniforms
+from fastgrpo.rollout.loop.cache import Group, Row
+from fastgrpo.rollout.loop.sampling import sample, uniforms
 
 # Prompt tokens of one step, unless one prompt is longer: bounds the memory of the activations.
 _PREFILL_TOKENS = 2048

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastgrpo.errors import RunError
-from fastgrpo.rollout.vllm_client import ServerClient
+from fastgrpo.rollout.vllm.client import ServerClient
 
 _GRACE_SECONDS = 5.0
 
@@ -40,7 +40,7 @@ class ServerProcess:
     def start(self) -> None:
         """Start it, or start it again; what was left of the last one is killed first. Raises RunError once closed."""
         address = ["--host", "127.0.0.1", "--port", str(self.port)]
-        command = [sys.executable, "-m", "fastgrpo.rollout.vllm_serve", *self._arguments, *address]
+        command = [sys.executable, "-m", "fastgrpo.rollout.vllm.serve", *self._arguments, *address]
         with self._lock, self.log.open("ab") as output:
             if self._closed:
                 raise RunError("the vLLM servers have been closed")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fastgrpo.records import Sampling
-from fastgrpo.rollout.loop_cache import Group, Row
-from fastgrpo.rollout.loop_decoder import Decoder, Ended
-from fastgrpo.rollout.loop_paged import PAGE, PagedCache, PagedStep
-from fastgrpo.rollout.loop_sampling import sample
+from fastgrpo.rollout.loop.cache import Group, Row
+from fastgrpo.rollout.loop.decoder import Decoder, Ended
+from fastgrpo.rollout.loop.paged import PAGE, PagedCache, PagedStep
+from fastgrpo.rollout.loop.sampling import sample
 
 # Tokens of every row between two looks at which rows have ended. Half of them are wasted on a row that ends.
 BURST = 8

@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 from fastgrpo.errors import RunError
 from fastgrpo.records import Prompt, Rollout, Sampling
-from fastgrpo.rollout.vllm_client import Sample, ServerClient, ServerDownError
-from fastgrpo.rollout.vllm_process import ServerProcess
-from fastgrpo.rollout.vllm_queue import RequestQueue
-from fastgrpo.rollout.vllm_requests import (
+from fastgrpo.rollout.vllm.client import Sample, ServerClient, ServerDownError
+from fastgrpo.rollout.vllm.process import ServerProcess
+from fastgrpo.rollout.vllm.queue import RequestQueue
+from fastgrpo.rollout.vllm.requests import (
     CPU_ARGUMENTS,
     ENVIRONMENT,
     check_version,
@@ -30,9 +30,9 @@ from fastgrpo.rollout.vllm_requests import (
     sampling_options,
     to_rollouts,
 )
-from fastgrpo.rollout.vllm_transfer import FolderTransfer, NCCLTransfer, Transfer
+from fastgrpo.rollout.vllm.transfer import FolderTransfer, NCCLTransfer, Transfer
 
-_EXTENSION = "fastgrpo.rollout.vllm_worker.PolicyWorker"
+_EXTENSION = "fastgrpo.rollout.vllm.worker.PolicyWorker"
 
 
 @dataclass(frozen=True, kw_only=True)

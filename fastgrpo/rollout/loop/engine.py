@@ -15,13 +15,13 @@ import torch
 
 from fastgrpo.errors import RunError
 from fastgrpo.records import Prompt, Rollout, Sampling
-from fastgrpo.rollout.loop_burst import BURST, PagedDecoder
-from fastgrpo.rollout.loop_cache import Row, SlabCache
-from fastgrpo.rollout.loop_check import compare, why_not
-from fastgrpo.rollout.loop_decoder import Decoder, Ended
-from fastgrpo.rollout.loop_paged import PagedCache, groups_at_once, rows_that_fit, varlen_attn, why_not_paged
-from fastgrpo.rollout.loop_plain import PlainRow, decode_plainly
-from fastgrpo.rollout.loop_slabs import KeyShape
+from fastgrpo.rollout.loop.burst import BURST, PagedDecoder
+from fastgrpo.rollout.loop.cache import Row, SlabCache
+from fastgrpo.rollout.loop.check import compare, why_not
+from fastgrpo.rollout.loop.decoder import Decoder, Ended
+from fastgrpo.rollout.loop.paged import PagedCache, groups_at_once, rows_that_fit, varlen_attn, why_not_paged
+from fastgrpo.rollout.loop.plain import PlainRow, decode_plainly
+from fastgrpo.rollout.loop.slabs import KeyShape
 
 
 class LoopEngine:

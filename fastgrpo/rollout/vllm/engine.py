@@ -20,9 +20,9 @@ import torch
 
 from fastgrpo.errors import RunError
 from fastgrpo.records import Prompt, Rollout, Sampling
-from fastgrpo.rollout.vllm_requests import CPU_ARGUMENTS, ENVIRONMENT, import_vllm, sampling_options, to_rollouts
-from fastgrpo.rollout.vllm_weights import checkpoint_weights, write_model_folder
-from fastgrpo.rollout.vllm_worker import pack_heads
+from fastgrpo.rollout.vllm.requests import CPU_ARGUMENTS, ENVIRONMENT, import_vllm, sampling_options, to_rollouts
+from fastgrpo.rollout.vllm.weights import checkpoint_weights, write_model_folder
+from fastgrpo.rollout.vllm.worker import pack_heads
 
 
 class VLLMEngine:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgrpo.rollout.loop_slabs import KeyShape, Sequence, Shelves, SlabPool
+from fastgrpo.rollout.loop.slabs import KeyShape, Sequence, Shelves, SlabPool
 
 # A padded batch of prompts holds none shorter than this share of its longest.
 _LIKE = 0.75

@@ -1,4 +1,4 @@
-"""`python -m fastgrpo.rollout.vllm_serve ARGUMENTS`: vLLM's own server, which ends when whoever started it does.
+"""`python -m fastgrpo.rollout.vllm.serve ARGUMENTS`: vLLM's own server, which ends when whoever started it does.
 
 Its standard input is a pipe that nothing is written to. When that closes, killed trainers included, so does the server:
 nothing stays behind and holds a GPU.

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.rollout.loop_cache import Group, Row, SlabCache, causal
-from fastgrpo.rollout.loop_decoder import Cache, forward
-from fastgrpo.rollout.loop_slabs import KeyShape
+from fastgrpo.rollout.loop.cache import Group, Row, SlabCache, causal
+from fastgrpo.rollout.loop.decoder import Cache, forward
+from fastgrpo.rollout.loop.slabs import KeyShape
 
 # Largest difference of the logits, relative to the largest one; the model's own attention takes its softmax in fp32.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -1,0 +1,1 @@
+"""vLLM as a rollout engine: beside the policy in this process, or as servers."""

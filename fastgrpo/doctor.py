@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from importlib.util import find_spec
 
 # Optional package -> (what it brings, how to get it).
 _OPTIONAL = {
@@ -25,7 +26,7 @@ def describe_machine() -> str:
     lines += [f"  {name:<14}{_version(name) or 'MISSING: reinstall fastgrpo'}" for name in _REQUIRED]
     for name, (brings, command) in _OPTIONAL.items():
         lines.append(f"  {name:<14}{_version(name) or f'not installed; brings {brings}: {command}'}")
-    return "\n".join([*lines, "", *_devices(), "", *_attention()])
+    return "\n".join([*lines, "", *_devices(), "", *_attention(), "", *_engines()])
 
 
 def _version(name: str) -> str | None:
@@ -64,4 +65,22 @@ def _attention() -> list[str]:
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     return ["attention in the update"] + [
         f"  {device:<8}{name:<14}{status}" for device in devices for name, status in attention_backends(device)
+    ]
+
+
+def _engines() -> list[str]:
+    """What rollouts come from by default, and what else could be asked for."""
+    import torch
+
+    from fastgrpo.rollout.engine import choose_engine
+
+    name, reason = choose_engine("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    vllm = "there" if find_spec("vllm") else "not installed"
+    return [
+        "rollout engines",
+        f"  auto          takes {name} ({reason})",
+        "  loop          here, from the training weights themselves",
+        "  transformers  here, by its continuous batching; for GPUs with flash attention",
+        f"  vllm          beside the policy, weights synced in place: {vllm}",
+        f"  vllm_server   servers here ({vllm}) or elsewhere",
     ]

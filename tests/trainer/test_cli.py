@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from fastgrpo.cli import main
@@ -206,6 +207,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "torch" in text
     assert "devices" in text
+    assert "attention in the update" in text
+    assert "auto          takes loop" in text or torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("path", sorted(_EXAMPLES.glob("*.yaml")), ids=lambda p: p.name)

@@ -13,6 +13,7 @@ from .head.plan import HeadPlan, watch_plans
 from .layout import PackedLayout
 from .linear_grpo_loss.op import linear_grpo_loss
 from .linear_logprob.op import linear_logprob
+from .sample_tokens.op import sample_tokens
 from .shared_prefix_attention.backends import describe as attention_backends
 from .shared_prefix_attention.op import shared_prefix_attention, why_not_flash
 from .token_logprob.op import token_logprob
@@ -30,6 +31,7 @@ __all__ = [
     "grpo_loss",
     "linear_grpo_loss",
     "linear_logprob",
+    "sample_tokens",
     "shared_prefix_attention",
     "token_logprob",
     "watch_plans",

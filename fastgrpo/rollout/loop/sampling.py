@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastgrpo.records import Sampling
 from fastgrpo.seeding import derive_seed
+from fastgrpo_kernels import sample_tokens
 
 # The distribution function is summed over blocks first, then inside one block: one pass over the logits.
 _BLOCK = 128
@@ -32,8 +33,15 @@ def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor,
     """
     if sampling.temperature == 0:
         return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
-    if logits.device.type != "cpu":
-        return _draw(logits, uniform, sampling)
+    if logits.device.type != "cpu":  # the fused kernel; on a CPU the way below is faster
+        return sample_tokens(
+            logits,
+            uniform,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+        )
     rows = max(1, _CPU_NUMBERS // logits.shape[1])
     parts = [_draw(z, u, sampling) for z, u in zip(logits.split(rows), uniform.split(rows), strict=True)]
     tokens, logprobs = zip(*parts, strict=True)

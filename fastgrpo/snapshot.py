@@ -89,7 +89,8 @@ def read_snapshot(
     if "batch" in contents:
         was = contents["batch"].pop("use", None)
         if was != use:
-            changed = [f"{name}: {(was or {}).get(name)} -> {value}" for name, value in use.items()]
+            old = was or {}
+            changed = [f"{name}: {old.get(name)} -> {value}" for name, value in use.items() if old.get(name) != value]
             raise CheckpointError(
                 f"{folder} holds rollouts that are being used otherwise ({', '.join(changed)}): change these options "
                 "from a checkpoint without pending rollouts"

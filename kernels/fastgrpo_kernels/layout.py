@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -106,7 +107,7 @@ class PackedLayout:
             raise ValueError(f"PackedLayout: expected fewer than 2^31 tokens, got {self.num_tokens}")
 
         with torch.device("cpu"):  # whatever the default: sizes are read here
-            self.position_ids, self.predictor_index, self.cu_seqlens = self._tensors(lengths)
+            self.position_ids = self._positions()
             self.attention = self._attention()
         self._move(device)
 
@@ -117,29 +118,45 @@ class PackedLayout:
         return moved
 
     def tensors(self) -> list[Tensor]:
-        """All of them, for whoever has to keep them alive."""
-        return [self.predictor_index, self.cu_seqlens, *self.attention.tensors().values()]
+        """Those that attention reads, for whoever has to keep them alive."""
+        return list(self.attention.tensors().values())
 
     def _move(self, device: torch.device | str | None) -> None:
+        for name in ("predictor_index", "cu_seqlens"):  # made on the device they are asked for on
+            self.__dict__.pop(name, None)
         self.attention = self.attention.to(device)
         self.position_ids = self.attention.position_ids
-        self.predictor_index, self.cu_seqlens = (_moved(x, device) for x in (self.predictor_index, self.cu_seqlens))
 
-    def _tensors(self, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """position_ids, predictor_index and cu_seqlens, from the completions' lengths in order."""
-        completion_length = torch.tensor(lengths, dtype=torch.int64)
-        prompt_length = torch.tensor(self.prompt_lengths, dtype=torch.int64)
-        group_size = torch.tensor([len(group) for group in self.completion_lengths], dtype=torch.int64)
-        owner_length = prompt_length.repeat_interleave(group_size)
-        owner_last_row = (prompt_length.cumsum(0) - 1).repeat_interleave(group_size)
+    @cached_property
+    def predictor_index(self) -> Tensor:
+        """[N] int64; see the class."""
+        with torch.device("cpu"):
+            prompt_length, group_size, completion_length = self._sizes()
+            owner_last_row = (prompt_length.cumsum(0) - 1).repeat_interleave(group_size)
+            predictor = torch.arange(self.num_prompt_tokens, self.num_tokens) - 1
+            starts = completion_length > 0
+            predictor[_starts(completion_length)[starts]] = owner_last_row[starts]
+        return _moved(predictor, self.position_ids.device)
 
-        offset = _offsets(completion_length)
-        predictor = torch.arange(self.num_prompt_tokens, self.num_tokens) - 1
-        starts = completion_length > 0
-        predictor[_starts(completion_length)[starts]] = owner_last_row[starts]
-        positions = torch.cat([_offsets(prompt_length), offset + owner_length.repeat_interleave(completion_length)])
-        boundaries = torch.cat([torch.zeros(1, dtype=torch.int64), completion_length.cumsum(0)])
-        return positions, predictor, boundaries.int()
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """[S+1] int32; see the class."""
+        bounds = _bounds([length for group in self.completion_lengths for length in group])
+        return _moved(torch.tensor(bounds, dtype=torch.int32, device="cpu"), self.position_ids.device)
+
+    def _sizes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens of each prompt, its completions' number, tokens of each completion: int64."""
+        lengths = [length for group in self.completion_lengths for length in group]
+        sizes = [len(group) for group in self.completion_lengths]
+        prompts, groups, completions = (
+            torch.tensor(x, dtype=torch.int64) for x in (self.prompt_lengths, sizes, lengths)
+        )
+        return prompts, groups, completions
+
+    def _positions(self) -> Tensor:
+        prompt_length, group_size, completion_length = self._sizes()
+        before = prompt_length.repeat_interleave(group_size).repeat_interleave(completion_length)
+        return torch.cat([_offsets(prompt_length), _offsets(completion_length) + before])
 
     def _attention(self) -> AttentionRanges:
         """The ranges; their sizes are host integers, so that no kernel's launch has to wait for them."""

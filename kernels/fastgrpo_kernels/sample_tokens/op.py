@@ -68,7 +68,7 @@ def _sample_tokens(
         return kernel.sample(logits, uniform, temperature, top_k, top_p, min_p)
     token = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     logprob = logits.new_empty(logits.shape[0], dtype=compute_dtype(logits))
-    for rows in row_blocks(*logits.shape):
+    for rows in row_blocks(logits.shape[0], 2 * logits.shape[1]):  # logits and weights share the cache
         z = logits[rows]
         peak = z.amax(-1, keepdim=True).to(logprob.dtype)
         if temperature == 0:

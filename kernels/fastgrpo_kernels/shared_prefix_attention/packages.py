@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+from abc import ABC, abstractmethod
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from .options import Options, Part
 Arguments = dict[str, Any]
 
 
-class PackageKernels:
+class PackageKernels(ABC):
     """`VarlenKernels` made of two functions of a package, called by keyword: the versions order them differently.
 
     module: what is imported. install: what a person does to get it. functions: the names of forward and backward.
@@ -48,11 +49,13 @@ class PackageKernels:
             "window_size_right": right,
         }
 
+    @abstractmethod
     def forward_only(self, part: Part, options: Options) -> Arguments:
-        raise NotImplementedError
+        """What else this version's forward is told."""
 
+    @abstractmethod
     def backward_only(self, lse: Tensor, part: Part, options: Options) -> Arguments:
-        raise NotImplementedError
+        """What else this version's backward is told."""
 
     def problem(self) -> str | None:
         """Why the package cannot be used, None when it can."""

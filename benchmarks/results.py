@@ -98,13 +98,14 @@ def load(path: Path) -> list[Results]:
 
 
 def common(row: Row) -> Row:
-    """A row of the GPU suite in the form of all others, which are left as they are.
+    """A row of any file in the form that `row` gives; what is not there is None.
 
-    Its stages keep `ms`, `p20` and `p80` side by side, errors and words under `error`, and a smaller N that fitted.
+    The GPU suite's stages keep `ms`, `p20` and `p80` side by side, errors and words under `error`, and the smaller N
+    that fitted into memory beside the one that did not.
     """
-    if isinstance(row.get("ms"), dict) or "error" not in row:
+    row = {**dict.fromkeys(("tokens", "flops", "moved_bytes", "limit_ms", "ratio_to_limit", "note")), **row}
+    if "error" not in row:
         return row
-    row = dict(row)
     p20, p80, error = (row.pop(name, None) for name in ("p20", "p80", "error"))
     if row["ms"] is not None:
         row["ms"] = {"median": row["ms"], "p20": p20, "p80": p80}

@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--suite", nargs="+", choices=_SUITES, default=[*_SUITES], metavar="SUITE", help=f"of {', '.join(_SUITES)}")
     add("--peer", nargs="+", default=[], metavar="PEER", help="only these and ours (--list names them)")
+    add("--case", default="", metavar="WORD", help="only the cases whose name contains this")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--threads", type=int, default=1, metavar="N", help="of the CPU (default 1: others wait for no busy core)")
     add("--full", action="store_true", help="the large sizes as well")
@@ -76,14 +77,18 @@ def _run(options: argparse.Namespace) -> int:
 
     if unknown := [peer for peer in options.peer if peer not in registry.PEERS]:
         raise ValueError(f"--peer: unknown {unknown[0]!r}; there are {', '.join(registry.PEERS)}")
+    choice = registry.Choice(options.peer, options.full, options.case)
     suites = [suite for suite in registry.SUITES if suite in options.suite]
     on_stages = [suite for suite in suites if device == "cuda" and suite not in registry.ON_A_GPU]
     suites = [suite for suite in suites if suite not in on_stages]
+    cases = choice.of_suites(suites)
     if options.list:
-        for case in registry.cases(suites, options.peer, options.full):
+        for case in cases:
             print(f"{case.name}{'  (absent)' if case.absent else ''}")
         return 0
-    code = runner.run(suites, options.peer, full=options.full, folder=options.results) if suites else 0
+    if suites and not cases:
+        raise ValueError(f"--suite {' '.join(suites)} has no such case (--list names those it has)")
+    code = runner.run(suites, choice, options.results) if suites else 0
     if on_stages:
         code = max(code, runner.run_stages(on_stages, options.results))
     return code

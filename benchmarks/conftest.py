@@ -1,4 +1,4 @@
-"""The cases under pytest-benchmark: `--peers`, `--full` choose, `--results DIR` keeps the figures as JSON."""
+"""The cases under pytest-benchmark: `--peers`, `--full`, `--case` choose, `--results DIR` keeps the figures as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.limits import Rates, measure_rates
 from benchmarks.measure import measure as measure_case
 from benchmarks.measure import ratios
 from benchmarks.memory import fresh_processes, peak_extra_bytes
-from benchmarks.registry import PEERS, select
+from benchmarks.registry import PEERS, Choice
 
 _ROWS = pytest.StashKey[list[results.Row]]()
 
@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, metavar="DIR", help="write the benchmarks' figures to DIR/<op>.json")
     parser.addoption("--peers", nargs="*", default=[], choices=[*PEERS], help="only these and ours")
     parser.addoption("--full", action="store_true", help="the large sizes as well")
+    parser.addoption("--case", default="", metavar="WORD", help="only the cases whose name contains this")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,7 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         options = metafunc.config.option
-        metafunc.parametrize("case", select(metafunc.module, options.peers, options.full), ids=lambda case: case.name)
+        choice = Choice(options.peers, options.full, options.case)
+        metafunc.parametrize("case", choice.of(metafunc.module), ids=lambda case: case.name)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,9 +57,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def processes(request: pytest.FixtureRequest) -> BaseContext | None:
     """Fresh processes for the memory figures, with what the chosen cases import already imported."""
-    return fresh_processes(
-        {item.module.__name__ for item in request.session.items if isinstance(item, pytest.Function)}
-    )
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    cases = [item.callspec.params["case"] for item in items if hasattr(item, "callspec")]
+    peers = {case.needs for case in cases if isinstance(case, Case) and case.needs and not case.absent}
+    return fresh_processes({item.module.__name__ for item in items} | peers)
 
 
 @cache

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.cases import OURS
+from benchmarks.registry import PEERS
 from benchmarks.results import Results, Row
 
 Data = dict[str, Any]
@@ -85,7 +86,15 @@ def throughput(rows: list[Row]) -> Data:
         if row["op"] in _THROUGHPUT and model and tokens and row["case"] not in ("checkpointing", "body"):
             rates = found.setdefault(row["op"], {}).setdefault(model, {})
             rates[row["peer"]] = max(rates.get(row["peer"], 0.0), round(1e3 * tokens / row["ms"]["median"], 1))
-    return {job: {m: models[m] for m in sorted(models, key=_parameters)} for job, models in found.items()}
+    return {
+        job: {m: dict(sorted(models[m].items(), key=_place)) for m in sorted(models, key=_parameters)}
+        for job, models in found.items()
+    }
+
+
+def _place(item: tuple[str, Any]) -> int:
+    """Of a peer among all, ours first."""
+    return [*PEERS].index(item[0]) if item[0] in PEERS else len(PEERS)
 
 
 def _parameters(model: str) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.cases import OURS, Case
 
@@ -35,17 +37,24 @@ PEERS = {
 }
 
 
-def cases(suites: Iterable[str], peers: Iterable[str] = (), full: bool = False) -> list[Case]:
-    """The suites' cases, of these peers and ours (all, if none is named), and with `full` the large sizes as well."""
-    found: list[Case] = []
-    for suite in suites:
-        for module in SUITES[suite]:
-            found += select(importlib.import_module(f"benchmarks.{module}"), peers, full)
-    return found
+@dataclass(frozen=True)
+class Choice:
+    """Which cases: of these peers and ours (all, if none is named), the large sizes too, names with this word alone."""
 
+    peers: Sequence[str] = ()
+    full: bool = False
+    word: str = ""
 
-def select(module: object, peers: Iterable[str] = (), full: bool = False) -> list[Case]:
-    """Those of one module."""
-    wanted = {*peers, OURS} if peers else PEERS.keys()
-    every: list[Case] = [*module.CASES, *(getattr(module, "MORE", []) if full else [])]  # type: ignore[attr-defined]
-    return [case for case in every if case.peer in wanted]
+    def of(self, module: Any) -> list[Case]:
+        """Those of a module."""
+        every: list[Case] = [*module.CASES, *(getattr(module, "MORE", []) if self.full else [])]
+        wanted = {*self.peers, OURS} if self.peers else PEERS.keys()
+        return [case for case in every if case.peer in wanted and self.word in case.name]
+
+    def of_name(self, module: str) -> list[Case]:
+        """Those of a module of this package."""
+        return self.of(importlib.import_module(f"benchmarks.{module}"))
+
+    def of_suites(self, suites: Iterable[str]) -> list[Case]:
+        """Those of all modules of these suites."""
+        return [case for suite in suites for module in SUITES[suite] for case in self.of_name(module)]

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks import results
 from benchmarks.cases import OURS
-from benchmarks.registry import SUITES
+from benchmarks.registry import SUITES, Choice
 from benchmarks.tables import cells, size
 
 _HERE = Path(__file__).parent
@@ -28,7 +28,7 @@ _HERE = Path(__file__).parent
 
 @dataclass
 class Watch:
-    """A pytest plugin: the bar moves on with each case; what failed is kept."""
+    """A pytest plugin: the bar moves on with each case, or a line is printed in its place; what failed is kept."""
 
     bar: Progress
     failures: list[str] = field(default_factory=list)
@@ -38,7 +38,11 @@ class Watch:
         self._task = self.bar.add_task("", total=len(session.items))
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.bar.update(self._task, description=nodeid.partition("[")[2].removesuffix("]") or nodeid)
+        name = nodeid.partition("[")[2].removesuffix("]") or nodeid
+        self.bar.update(self._task, description=name)
+        if not self.bar.console.is_terminal:
+            task = self.bar.tasks[self._task]
+            self.bar.console.print(f"{task.completed + 1:.0f}/{task.total:.0f} {name}", markup=False, highlight=False)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -48,35 +52,41 @@ class Watch:
         self.bar.advance(self._task)
 
 
-def run(suites: Sequence[str], peers: Sequence[str], *, full: bool, folder: Path | None) -> int:
-    """Run the suites' cases by pytest-benchmark in this process; 1 when one of ours is wrong or fails, else 0."""
-    modules = [str(_HERE / f"{module}.py") for suite in suites for module in SUITES[suite]]
-    with tempfile.TemporaryDirectory() as temporary, _screen() as (console, bar):
-        kept = folder or Path(temporary)
+def run(suites: Sequence[str], choice: Choice, folder: Path | None) -> int:
+    """Run the suites' cases by pytest-benchmark in this process; 1 when one of ours is wrong or fails, else 0.
+
+    Stopped by Ctrl-C, it shows and keeps what it has.
+    """
+    modules = [str(_HERE / f"{module}.py") for suite in suites for module in SUITES[suite] if choice.of_name(module)]
+    with tempfile.TemporaryDirectory() as kept:
         arguments = ["-c", str(_HERE.parent / "pyproject.toml"), "-p", "no:cacheprovider", "--benchmark-only"]
-        arguments += [*modules, "--results", str(kept), *(["--full"] if full else [])]
-        watch, said = Watch(bar), io.StringIO()
-        with contextlib.redirect_stdout(said), bar:
-            code = pytest.main([*arguments, *(["--peers", *peers] if peers else [])], plugins=[watch])
-        if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-            console.print(said.getvalue(), markup=False)
+        arguments += [*modules, "--results", kept, "--case", choice.word, *(["--full"] if choice.full else [])]
+        said = io.StringIO()
+        with _progress() as bar, contextlib.redirect_stdout(said):
+            watch = Watch(bar)
+            code = pytest.main([*arguments, "--peers", *choice.peers], plugins=[watch])
+        if not any(Path(kept).iterdir()):
+            print(said.getvalue())
             return 1
-        rows = [row for found in results.load(kept) for row in found.rows]
+        rows = [row for found in results.load(Path(kept)) for row in found.rows]
+        if folder:
+            shutil.copytree(kept, folder, dirs_exist_ok=True)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(table(rows))
     for failure in watch.failures:
         console.print(failure, markup=False, style="red")
     if folder:
         console.print(f"results: {folder}")
-    return int(code)
+    return 130 if code == pytest.ExitCode.INTERRUPTED else int(code)
 
 
 @contextlib.contextmanager
-def _screen() -> Iterator[tuple[Console, Progress]]:
-    """A console and a bar on what is standard error now: pytest takes the stream for itself while a case runs."""
-    with os.fdopen(os.dup(sys.stderr.fileno()), "w") as stream:
-        console = Console(file=stream)
-        columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        yield console, Progress(*columns, console=console, transient=True)
+def _progress() -> Iterator[Progress]:
+    """A bar on what is standard error now: pytest takes the stream for itself while a case runs."""
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    stream = os.fdopen(os.dup(sys.stderr.fileno()), "w")
+    with stream, Progress(*columns, console=Console(file=stream), transient=True) as bar:
+        yield bar
 
 
 def table(rows: list[results.Row]) -> Table:

@@ -101,7 +101,7 @@ def _merged(grad: Tensor, size: Size) -> Tensor:
     return torch.cat([rows[:, : size.prompt].sum(0), rows[:, size.prompt :].flatten(0, 1)])
 
 
-def _cases(size: Size) -> list[Case]:
+def cases(size: Size) -> list[Case]:
     """Least work: two matrix products forward and four backward over the pairs that attend, the prompt's once."""
     params: dict[str, Any] = {"prompt": size.prompt, "n": size.n, "completion": size.completion}
     pairs = size.prompt * (size.prompt + 1) / 2
@@ -124,7 +124,7 @@ def _cases(size: Size) -> list[Case]:
 
 
 _SIZES = [Size(1024, 16, 256), Size(4096, 16, 1024)] if _ON_GPU else [Size(128, 8, 64), Size(512, 8, 128)]
-CASES = [case for size in _SIZES for case in _cases(size)]
+CASES = [case for size in _SIZES for case in cases(size)]
 
 
 def test_attention(case: Case, measure: Callable[[Case], None]) -> None:

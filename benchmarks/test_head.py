@@ -132,7 +132,7 @@ _MEAN: dict[str, Callable[[Inputs], Tensor]] = {name: partial(mean_by_head, head
 _MEAN |= {"torch": mean_by_torch, OURS: partial(mean_by_head, head=logprob_head)}
 
 
-def cases(op: str, size: dict[str, int], peers: dict[str, Callable[[Inputs], Tensor]], rounds: int) -> list[Case]:
+def _cases(op: str, size: dict[str, int], peers: dict[str, Callable[[Inputs], Tensor]], rounds: int) -> list[Case]:
     """A row per peer. No way has fewer than three GEMMs, or reads operands and writes gradients less than once."""
     N, D, V = size["N"], size["D"], size["V"]
     tolerance = {"loss": 1e-2, "grad_hidden": 5e-2, "grad_weight": 5e-2}  # bf16: some peers round logits to it
@@ -149,7 +149,7 @@ def cases(op: str, size: dict[str, int], peers: dict[str, Callable[[Inputs], Ten
             run=run,
             errors=found,
             tolerance=tolerance,
-            rounds=min(rounds, 2) if peer == "trl" and not ON_GPU else rounds,
+            rounds=min(rounds, 2) if peer in ("trl", "torch") and not ON_GPU else rounds,  # several times as slow
             needs=NEEDS.get(peer),
             flops=6.0 * N * D * V,
             moved=2.0 * DTYPE.itemsize * (N * D + V * D),
@@ -159,8 +159,13 @@ def cases(op: str, size: dict[str, int], peers: dict[str, Callable[[Inputs], Ten
 
 
 def policy_cases(op: str, size: dict[str, int], rounds: int) -> list[Case]:
-    """The clipped loss by all peers."""
-    return cases(op, size, _POLICY, rounds)
+    """The clipped loss by all peers that have one."""
+    return _cases(op, size, _POLICY, rounds)
+
+
+def mean_cases(op: str, size: dict[str, int], rounds: int) -> list[Case]:
+    """The mean log-prob."""
+    return _cases(op, size, _MEAN, rounds)
 
 
 def _sizes(D: int, base: tuple[int, int], Ns: tuple[int, ...], Vs: tuple[int, ...]) -> list[dict[str, int]]:
@@ -173,12 +178,12 @@ if ON_GPU:
     _ALONG = _sizes(2048, (16384, 151936), (4096, 8192, 16384, 32768), (32000, 65536, 128256))
     _MEANS, _LARGE, _ROUNDS = _ALONG[2:3], [], 9
 else:
-    _ALONG = _sizes(256, (512, 50257), (256, 512, 1024), (8192, 20480))
+    _ALONG = _sizes(128, (256, 32768), (256, 512, 1024), (8192, 151936))
     # The large one is the row that the op promises on two threads: at most 0.95 x naive's time and 0.10 x its memory.
-    _MEANS, _LARGE, _ROUNDS = [_ALONG[1], _ALONG[3]], [{"N": 4096, "D": 256, "V": 50257}], 5
+    _MEANS, _LARGE, _ROUNDS = _ALONG[1:2], [{"N": 4096, "D": 256, "V": 50257}], 5
 
 CASES = [case for size in _ALONG for case in policy_cases("linear_grpo_loss", size, _ROUNDS)]
-CASES += [case for size in _MEANS for case in cases("linear_logprob", size, _MEAN, _ROUNDS)]
+CASES += [case for size in _MEANS for case in mean_cases("linear_logprob", size, _ROUNDS)]
 MORE = [case for size in _LARGE for case in policy_cases("linear_grpo_loss", size, _ROUNDS)]
 
 

@@ -94,7 +94,7 @@ def sample_errors(x: Inputs, found: tuple[Tensor, Tensor]) -> dict[str, float]:
     return {"logprob": relative_error(logprob, true), "surprise": surprise.item()}
 
 
-def _cases(N: int, V: int) -> list[Case]:
+def cases(N: int, V: int) -> list[Case]:
     """The gradient cannot be made without reading the logits again; a sample needs them once."""
     matrix = 4.0 * N * V
     size: dict[str, Any] = {"params": {"N": N, "V": V}, "tokens": N, "inputs": partial(make_inputs, N=N, V=V)}
@@ -112,7 +112,7 @@ def _cases(N: int, V: int) -> list[Case]:
 
 
 _SIZES = [(4096, 32000), (4096, 151936)] if _ON_GPU else [(128, 8192), (128, 50257), (512, 50257)]
-CASES = [case for N, V in _SIZES for case in _cases(N, V)]
+CASES = [case for N, V in _SIZES for case in cases(N, V)]
 
 
 def test_logits(case: Case, measure: Callable[[Case], None]) -> None:

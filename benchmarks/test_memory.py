@@ -9,8 +9,8 @@ from benchmarks.cases import Case
 from benchmarks.test_head import ON_GPU, policy_cases
 from benchmarks.test_update import cases as update_cases
 
-_V, _D = (151936, 1024) if ON_GPU else (50257, 64)
-_N, _MORE_N = ((16384, 65536), (131072,)) if ON_GPU else ((2048,), (4096, 8192))
+_V, _D = (151936, 1024) if ON_GPU else (50257, 256)
+_N, _MORE_N = ((16384, 65536), (131072,)) if ON_GPU else ((1024,), (8192,))
 
 
 def _head(N: int) -> list[Case]:

@@ -122,7 +122,7 @@ def gae_errors(x: Inputs, advantage: Tensor) -> dict[str, float]:
     return {"advantage": relative_error(advantage, (delta @ weights).view(-1))}
 
 
-def _cases(S: int, N: int) -> list[Case]:
+def cases(S: int, N: int) -> list[Case]:
     size: dict[str, Any] = {"params": {"S": S, "N": N}, "tokens": N, "inputs": partial(make_inputs, S=S, N=N)}
     ops: dict[str, tuple[Any, dict[str, Callable[[Inputs], Tensor]]]] = {
         "grpo_loss": (loss_errors, {"naive": naive_loss, "torch_compile": compiled_loss, OURS: fused_loss}),
@@ -136,7 +136,7 @@ def _cases(S: int, N: int) -> list[Case]:
     ]  # fmt: skip
 
 
-CASES = _cases(1024, 1 << 20) if DEVICE.type == "cuda" else _cases(128, 1 << 15)
+CASES = cases(1024, 1 << 20) if DEVICE.type == "cuda" else cases(128, 1 << 15)
 
 
 def test_small_ops(case: Case, measure: Callable[[Case], None]) -> None:

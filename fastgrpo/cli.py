@@ -1,4 +1,4 @@
-"""The command `fastgrpo`: train, eval, report, doctor.
+"""The command `fastgrpo`: train, eval, bench, report, doctor.
 
 Options are read and checked before torch is imported. Every expected error is one line on stderr and exit code 2;
 `FASTGRPO_TRACEBACK=1` shows where it came from. A run stopped by a signal, its state saved, exits with 128 + signal.
@@ -24,6 +24,7 @@ _USAGE = """usage: fastgrpo COMMAND ...
   fastgrpo train CONFIG.yaml [--option value ...]   train; the same command again goes on where the run stopped
   fastgrpo eval CONFIG.yaml [--option value ...]    sample and score the evaluation prompts, print the figures
   fastgrpo report RUN_DIR                           (re)make RUN_DIR/report.html
+  fastgrpo bench [--suite SUITE] [--peer PEER]      time, memory and correctness beside other packages'
   fastgrpo doctor                                   what this machine offers, and what is missing
 
 fastgrpo COMMAND --help tells more; train --help lists every option."""
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         "train": _train,
         "eval": _eval,
         "report": _report,
+        "bench": _bench,
         "doctor": _doctor,
     }
     if argv[0] not in commands:
@@ -102,6 +104,17 @@ def _report(argv: list[str]) -> int:
         options.svg.write_text(reward_curve_svg(options.run_dir), encoding="utf-8")
         print(options.svg)
     return 0
+
+
+def _bench(argv: list[str]) -> int:
+    """The benchmarks are no part of the installed package: they are found beside it, in a clone."""
+    import importlib
+
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "__main__.py").exists():
+        raise ConfigError("bench runs from a clone of the repository, installed with pip install -e '.[bench]'")
+    sys.path.insert(0, str(root))
+    return int(importlib.import_module("benchmarks.__main__").main(argv))
 
 
 def _doctor(argv: list[str]) -> int:

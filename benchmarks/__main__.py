@@ -95,4 +95,6 @@ def _run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fastgrpo import cli  # it tells what is the user's in one line
+
+    sys.exit(cli.main(["bench", *sys.argv[1:]]))

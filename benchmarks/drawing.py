@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -106,24 +107,30 @@ def _plain_ticks(axis: Any) -> None:
 def _peers(figure: Any, found: Data) -> None:
     """A line an op, a mark a peer; both panels in multiples of ours."""
     figure.set_size_inches(9, 1.6 + 0.36 * len(found))
-    figure.suptitle("Peers against fastgrpo, the largest size of each job")
+    figure.suptitle("Peers against fastgrpo, each op at the size that takes ours longest")
     axes = figure.subplots(1, 2, sharey=True)
     jobs = list(found)[::-1]
     for axis, what, which in zip(axes, ("time", "peak memory"), (0, 1), strict=True):
         axis.axvline(1, color=_colour(OURS), linewidth=1.5)
-        named = set()
         for y, job in enumerate(jobs):
             for peer, ratios in found[job].items():
                 if ratios[which] is not None:
-                    label = None if peer in named else peer
-                    axis.plot(ratios[which], y, "o", color=_colour(peer), markersize=7, label=label, alpha=0.9)
-                    named.add(peer)
+                    axis.plot(ratios[which], y, "o", color=_colour(peer), markersize=7, alpha=0.9)
         axis.set(xscale="log", xlabel=f"{what}, multiples of ours (right: ours is better)", yticks=range(len(jobs)))
         axis.set_yticklabels(jobs)
         axis.margins(y=0.08)
         _multiples(axis.xaxis)
-    once = {text: mark for axis in axes for mark, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=7)
+    _name_peers(figure, {peer for ratios in found.values() for peer in ratios})
+
+
+def _name_peers(figure: Any, peers: Iterable[str]) -> None:
+    """A legend of colours below the figure, in the colours' order."""
+    from matplotlib.lines import Line2D
+
+    order = {peer: i for i, peer in enumerate(_COLOURS)}
+    names = sorted(peers, key=lambda peer: order.get(peer, len(order)))
+    marks = [Line2D([], [], marker="o", linestyle="", color=_colour(peer), markersize=6) for peer in names]
+    figure.legend(marks, names, loc="outside lower center", ncols=8)
 
 
 def _multiples(axis: Any) -> None:
@@ -139,7 +146,6 @@ def _throughput(figure: Any, found: Data) -> None:
     figure.set_size_inches(2.4 * max(len(found), 2) + 0.6, 3.2)
     figure.suptitle("Tokens per second by model")
     axes = figure.subplots(1, len(found), squeeze=False)[0]
-    named: dict[str, Any] = {}
     for axis, (job, models) in zip(axes, found.items(), strict=True):
         names = list(dict.fromkeys(peer for rates in models.values() for peer in rates))
         width = 0.8 / len(names)
@@ -148,12 +154,11 @@ def _throughput(figure: Any, found: Data) -> None:
             rates = [rates[peer] for rates in models.values() if peer in rates]
             bars = axis.bar(at, rates, width * 0.92, color=_colour(peer))
             axis.bar_label(bars, [f"{rate:,.0f}" for rate in rates], fontsize=7, padding=1)
-            named.setdefault(peer, bars)
         axis.set_xticks(range(len(models)), list(models))
         axis.set(title=job, ylabel="tokens/s" if axis is axes[0] else "")
         axis.grid(visible=False, axis="x")
         axis.margins(x=0.15, y=0.12)
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=7)
+    _name_peers(figure, {peer for models in found.values() for rates in models.values() for peer in rates})
 
 
 def _roofline(figure: Any, found: Data) -> None:
@@ -162,30 +167,28 @@ def _roofline(figure: Any, found: Data) -> None:
     figure.suptitle("Against this machine's measured limits")
     left, right = figure.subplots(1, 2)
     peak, copy = found["limits"]["gemm_tflops"] * 1e12, found["limits"]["copy_gb_per_s"] * 1e9
-    named: dict[str, Any] = {}
     points = [point for job in found["gemms"].values() for each in job.values() for point in each]
     if points:
-        low, high = min(p[0] for p in points) / 4, max([peak / copy, *(p[0] for p in points)]) * 4
+        low, high = min([peak / copy, *(p[0] for p in points)]) / 4, max(p[0] for p in points) * 4
         roof = [low, peak / copy, high]
         left.plot(roof, [min(x * copy, peak) / 1e9 for x in roof], color="#222222", linewidth=1.5)
         left.annotate(f"GEMM {peak / 1e9:,.0f} GFLOP/s", (high, peak / 1e9), ha="right", va="bottom", fontsize=8)
         for mark, (job, each) in zip("o^sDvP", found["gemms"].items(), strict=False):
             for peer, where in each.items():
                 x, y = zip(*[(p[0], p[1] / 1e9) for p in where], strict=True)
-                drawn = left.plot(x, y, mark, color=_colour(peer), markersize=5, alpha=0.85)
-                named.setdefault(peer, drawn[0])
+                left.plot(x, y, mark, color=_colour(peer), markersize=5, alpha=0.85)
             left.plot([], [], mark, color="#222222", markersize=5, label=job)
-        left.legend(loc="lower right", fontsize=7)
+        left.legend(loc="lower left", fontsize=7)
         left.set(xscale="log", yscale="log", title="matrix products")
         left.set(xlabel="least FLOPs per byte moved", ylabel="least FLOPs / time (GFLOP/s)")
         _plain_ticks(left)
-    for y, (_, each) in enumerate(found["passes"].items()):
+    for place, each in enumerate(found["passes"].values()):
         for peer, rate in each.items():
-            drawn = right.plot(rate / 1e9, y, "o", color=_colour(peer), markersize=8)
-            named.setdefault(peer, drawn[0])
+            right.plot(rate / 1e9, place, "o", color=_colour(peer), markersize=7, alpha=0.9)
     right.axvline(copy / 1e9, color="#222222", linewidth=1.5)
     right.annotate(f"copy {copy / 1e9:,.0f} GB/s ", (copy / 1e9, -0.45), ha="right", va="bottom", fontsize=8)
     right.set(title="passes over logits", xlabel="least bytes / time (GB/s)", ylim=(-0.5, len(found["passes"]) - 0.4))
     right.set_yticks(range(len(found["passes"])), list(found["passes"]))
     right.set_xlim(left=0)
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=7)
+    ops = [*found["gemms"].values(), *found["passes"].values()]
+    _name_peers(figure, {peer for each in ops for peer in each})

@@ -102,8 +102,12 @@ def _merged(grad: Tensor, size: Size) -> Tensor:
 
 
 def cases(size: Size) -> list[Case]:
-    """Least work: two matrix products forward and four backward over the pairs that attend, the prompt's once."""
+    """Least work: two matrix products forward and four backward over the pairs that attend, the prompt's once.
+
+    q, out and their gradients, k, v and theirs each move once.
+    """
     params: dict[str, Any] = {"prompt": size.prompt, "n": size.n, "completion": size.completion}
+    rows = size.prompt + size.n * size.completion
     pairs = size.prompt * (size.prompt + 1) / 2
     pairs += size.n * (size.completion * size.prompt + size.completion * (size.completion + 1) / 2)
     return [
@@ -118,6 +122,7 @@ def cases(size: Size) -> list[Case]:
             tolerance=dict.fromkeys(("out", "grad_q", "grad_k", "grad_v"), 3e-2 if _ON_GPU else 1e-4),
             rounds=15,
             flops=6 * 2 * _HEAD_DIM * _HEADS * pairs,
+            moved=4.0 * _DTYPE.itemsize * _HEAD_DIM * (_HEADS + _KV_HEADS) * rows,
         )
         for peer, run in (("torch", sdpa), (OURS, shared))
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,10 @@ sys.exit(main(sys.argv[1:]))
 
 
 def _bench(*arguments: str, program: list[str]) -> subprocess.CompletedProcess[str]:
+    """Free of this test's own pytest: under xdist, pytest-benchmark does not time."""
     command = [sys.executable, *program, *arguments]
-    return subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=240)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
 def test_a_suite_runs_and_its_results_are_kept(tmp_path: Path) -> None:

@@ -17,14 +17,14 @@ from benchmarks.limits import Rates, measure_rates
 from benchmarks.measure import measure as measure_case
 from benchmarks.measure import ratios
 from benchmarks.memory import fresh_processes, peak_extra_bytes
-from benchmarks.registry import PEERS, Choice
+from benchmarks.registry import Choice
 
 _ROWS = pytest.StashKey[list[results.Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, metavar="DIR", help="write the benchmarks' figures to DIR/<op>.json")
-    parser.addoption("--peers", nargs="*", default=[], choices=[*PEERS], help="only these and ours")
+    parser.addoption("--peers", default="", metavar="A,B", help="only these and ours")
     parser.addoption("--full", action="store_true", help="the large sizes as well")
     parser.addoption("--case", default="", metavar="WORD", help="only the cases whose name contains this")
 
@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         options = metafunc.config.option
-        choice = Choice(options.peers, options.full, options.case)
+        choice = Choice(options.peers.split(",") if options.peers else [], options.full, options.case)
         metafunc.parametrize("case", choice.of(metafunc.module), ids=lambda case: case.name)
 
 

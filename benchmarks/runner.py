@@ -26,7 +26,7 @@ from benchmarks.tables import cells, size
 _HERE = Path(__file__).parent
 
 
-@dataclass
+@dataclass(eq=False)
 class Watch:
     """A pytest plugin: the bar moves on with each case, or a line is printed in its place; what failed is kept."""
 
@@ -60,11 +60,11 @@ def run(suites: Sequence[str], choice: Choice, folder: Path | None) -> int:
     modules = [str(_HERE / f"{module}.py") for suite in suites for module in SUITES[suite] if choice.of_name(module)]
     with tempfile.TemporaryDirectory() as kept:
         arguments = ["-c", str(_HERE.parent / "pyproject.toml"), "-p", "no:cacheprovider", "--benchmark-only"]
-        arguments += [*modules, "--results", kept, "--case", choice.word, *(["--full"] if choice.full else [])]
+        arguments += [*modules, f"--results={kept}", f"--case={choice.word}", f"--peers={','.join(choice.peers)}"]
         said = io.StringIO()
         with _progress() as bar, contextlib.redirect_stdout(said):
             watch = Watch(bar)
-            code = pytest.main([*arguments, "--peers", *choice.peers], plugins=[watch])
+            code = pytest.main([*arguments, *(["--full"] if choice.full else [])], plugins=[watch])
         if not any(Path(kept).iterdir()):
             print(said.getvalue())
             return 1
@@ -93,7 +93,8 @@ def table(rows: list[results.Row]) -> Table:
     """Every row; `x` is the peer's time over ours, at the same size."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("op", "size", "peer", "ms", "p20-p80", "x", "limit", "MB", "note"):
-        shown.add_column(name, justify="right" if name in ("ms", "p20-p80", "x", "limit", "MB") else "left")
+        is_number = name in ("ms", "p20-p80", "x", "limit", "MB")
+        shown.add_column(name, justify="right" if is_number else "left", no_wrap=name != "size", overflow="fold")
     last = None
     for row in rows:
         job = (row["op"], size(row))

@@ -101,11 +101,11 @@ def cases(N: int, V: int) -> list[Case]:
     logprob = {"naive": plain_logprob, "torch_compile": compiled_logprob, OURS: token_logprob}
     exact = dict.fromkeys(("logprob", "entropy", "grad_logits"), 1e-5)
     return [
-        Case("token_logprob", p, run=partial(logprobs, op=op), errors=logprob_errors, tolerance=exact, rounds=9,
+        Case("token_logprob", p, run=partial(logprobs, op=op), errors=logprob_errors, tolerance=exact, rounds=5,
              moved=3 * matrix, **size)
         for p, op in logprob.items()
     ] + [
-        Case("sample_tokens", p, run=run, errors=sample_errors, tolerance={"logprob": 1e-5, "surprise": 4.0}, rounds=9,
+        Case("sample_tokens", p, run=run, errors=sample_errors, tolerance={"logprob": 1e-5, "surprise": 4.0}, rounds=5,
              moved=matrix, **size)
         for p, run in (("naive", naive_sample), (OURS, fused_sample))
     ]  # fmt: skip

@@ -164,7 +164,7 @@ def _shared(op: str, count: int) -> list[Case]:
 CASES = [case for op in ("shared_body", "shared_update") for case in _shared(op, 1)] + [
     case
     for name, lengths in _ALONE.items()
-    for case in _cases("nothing_shared", {"lengths": name}, lengths, "plain", rounds=5)
+    for case in _cases("nothing_shared", {"lengths": name}, lengths, "plain", rounds=3)
 ]
 MORE = [case for op in ("shared_body", "shared_update") for case in _shared(op, 2)]
 

@@ -206,8 +206,9 @@ def _cases(prompts: int, dead: int, peers: dict[str, dict[str, Any]]) -> list[Ca
 
 # Micro-batches: all sequences in one, or a prompt's number of them.
 _WHOLE, _EIGHTS = {"batch_size": None}, {"batch_size": _GENERATIONS}
-CASES = [*_cases(2, 0, {"trl": _EIGHTS}), *_cases(2, 1, {"trl": _EIGHTS})]
+CASES = _cases(2, 0, {"trl": _EIGHTS})
 MORE = [
+    *_cases(2, 1, {"trl": _EIGHTS}),
     *_cases(4, 0, {"trl-whole": _WHOLE, "trl": _EIGHTS}),
     *_cases(8, 0, {"trl": _EIGHTS}),
     *_cases(8, 4, {"trl": _EIGHTS}),

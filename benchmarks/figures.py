@@ -19,12 +19,8 @@ _THROUGHPUT = ("update", "update_trl", "step", "rollout", "train_trl")
 
 
 def timed(rows: Iterable[Row]) -> list[Row]:
-    """Rows with a time, each of one job, size and peer once: the first."""
-    found: dict[str, Row] = {}
-    for row in rows:
-        if row["ms"]:
-            found.setdefault(json.dumps([row["case"], row["op"], row["peer"], row["params"]]), row)
-    return list(found.values())
+    """Rows with a time."""
+    return [row for row in rows if row["ms"]]
 
 
 def head(rows: list[Row]) -> Data:
@@ -55,7 +51,7 @@ def _usual(rows: list[Row], name: str) -> Any:
 
 
 def peers(rows: list[Row]) -> Data:
-    """How many times our time and memory each peer takes: {op: {peer: [time, memory or None]}}."""
+    """How many times our time and memory each peer takes: {op: {peer: [time or None, memory or None]}}."""
     return {
         op: {peer: over(row, group[OURS]) for peer, row in group.items() if peer != OURS}
         for op, group in by_op(rows).items()
@@ -63,19 +59,26 @@ def peers(rows: list[Row]) -> Data:
 
 
 def by_op(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
-    """{op: {peer: row}}, of the size that takes us longest among those that a peer was timed at, too."""
+    """{op: {peer: row}}, of the size that takes us most time, or memory where nothing is timed, a peer beside."""
     groups: dict[str, dict[str, dict[str, Row]]] = {}
-    for row in timed(rows):
-        groups.setdefault(row["op"], {}).setdefault(json.dumps(row["params"]), {}).setdefault(row["peer"], row)
+    for row in rows:
+        if row["ms"] or row["peak_bytes"]:
+            groups.setdefault(row["op"], {}).setdefault(json.dumps(row["params"]), {}).setdefault(row["peer"], row)
     compared = {op: [g for g in sizes.values() if OURS in g and len(g) > 1] for op, sizes in groups.items()}
-    return {op: max(all_, key=lambda g: g[OURS]["ms"]["median"]) for op, all_ in compared.items() if all_}
+    return {op: max(sizes, key=lambda g: _cost(g[OURS])) for op, sizes in compared.items() if sizes}
+
+
+def _cost(row: Row) -> tuple[float, int]:
+    return row["ms"]["median"] if row["ms"] else 0.0, row["peak_bytes"] or 0
 
 
 def over(row: Row, ours: Row) -> list[float | None]:
     """The peer's time and memory over ours, None where one was not measured."""
     weighed = row["peak_bytes"] is not None and ours["peak_bytes"]
-    memory = round(row["peak_bytes"] / ours["peak_bytes"], 3) if weighed else None
-    return [round(row["ms"]["median"] / ours["ms"]["median"], 3), memory]
+    return [
+        round(row["ms"]["median"] / ours["ms"]["median"], 3) if row["ms"] and ours["ms"] else None,
+        round(row["peak_bytes"] / ours["peak_bytes"], 3) if weighed else None,
+    ]
 
 
 def throughput(rows: list[Row]) -> Data:

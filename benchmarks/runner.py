@@ -42,7 +42,7 @@ class Watch:
         self.bar.update(self._task, description=name)
         if not self.bar.console.is_terminal:
             task = self.bar.tasks[self._task]
-            self.bar.console.print(f"{task.completed + 1:.0f}/{task.total:.0f} {name}", markup=False, highlight=False)
+            self.bar.console.print(f"{task.completed + 1:.0f}/{task.total:.0f} {name}", markup=False, soft_wrap=True)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:

@@ -24,19 +24,18 @@ def where(files: list[Results]) -> str:
 
 
 def summary(files: list[Results]) -> str:
-    """A line an op, at the size that takes us longest: our time and memory, and every peer's in multiples of them."""
-    lines = ["| op | size | ms | MB | peers: time, memory in multiples of ours |", "|---|---|---|---|---|"]
+    """A line an op, at the size that takes us most: our time and memory, and every peer's in multiples of them."""
+    lines = ["| op | size | ms | MB | peers: time, memory, in multiples of ours |", "|---|---|---|---|---|"]
     for op, group in by_op(row for file in files for row in file.rows).items():
         ours = group[OURS]
         theirs = "; ".join(f"{peer} {_multiples(row, ours)}" for peer, row in group.items() if peer != OURS)
-        peak = "" if ours["peak_bytes"] is None else number(ours["peak_bytes"] / 1e6)
-        lines.append(f"| `{op}` | {size(ours)} | {number(ours['ms']['median'])} | {peak} | {theirs} |")
+        ms, _, _, _, peak, _ = cells(ours, [ours])
+        lines.append(f"| `{op}` | {size(ours)} | {ms} | {peak} | {theirs} |")
     return "\n".join(lines)
 
 
 def _multiples(row: Row, ours: Row) -> str:
-    time, memory = over(row, ours)
-    return f"{time:.2g}" if memory is None else f"{time:.2g}, {memory:.2g}"
+    return ", ".join("-" if ratio is None else f"{ratio:.2g}" for ratio in over(row, ours))
 
 
 def full(files: list[Results]) -> str:
@@ -66,6 +65,7 @@ def cells(row: Row, rows: list[Row]) -> list[str]:
     ms, ours = row["ms"], ours_of(row, rows)
     over = f"{ms['median'] / ours['ms']['median']:.2f}" if ms and ours and ours["ms"] and ours is not row else ""
     note = row["note"] or ("" if row["correct"] is not False else f"wrong: {row['errors']}")
+    note = " ".join(note.replace("|", "/").split())[:160]
     return [
         number(ms["median"]) if ms else "",
         f"{number(ms['p20'])}-{number(ms['p80'])}" if ms else "",

@@ -101,7 +101,7 @@ def common(row: Row) -> Row:
     """A row of any file in the form that `row` gives; what is not there is None.
 
     The GPU suite's stages keep `ms`, `p20` and `p80` side by side, errors and words under `error`, and the smaller N
-    that fitted into memory beside the one that did not.
+    that fitted into memory beside the one that did not. They do not say what the head's least work is.
     """
     row = {**dict.fromkeys(("tokens", "flops", "moved_bytes", "limit_ms", "ratio_to_limit", "note")), **row}
     if "error" not in row:
@@ -112,6 +112,10 @@ def common(row: Row) -> Row:
     row["errors"], row["note"] = error if isinstance(error, dict) else {}, error if isinstance(error, str) else None
     if row.get("N_measured"):
         row["params"] = {**row["params"], "N": row["N_measured"]}
+    if row["op"] == "linear_grpo_loss" and {"N", "D", "V"} <= row["params"].keys():
+        N, D, V = (row["params"][name] for name in "NDV")
+        gemms, gradients = (3, 2) if row["params"].get("trainable", True) else (2, 1)
+        row["flops"], row["moved_bytes"] = 2.0 * gemms * N * D * V, 2.0 * (2 * N * D + gradients * V * D)  # bf16
     return row
 
 

@@ -46,11 +46,21 @@ for _i in (2, 3):
 
 
 def test_the_gpu_suite_s_rows_are_read_in_the_same_form() -> None:
-    stage = {"case": "peers", "op": "head", "peer": "trl", "params": {"N": 32768}, "ms": 2.0, "p20": 1.9, "p80": 2.2}
+    size = {"N": 32768, "D": 4, "V": 8}
+    stage = {
+        "case": "peers",
+        "op": "linear_grpo_loss",
+        "peer": "trl",
+        "params": size,
+        "ms": 2.0,
+        "p20": 1.9,
+        "p80": 2.2,
+    }
     stage |= {"peak_bytes": 7, "correct": True, "error": {"logprob": 1e-3}, "N_measured": 8192}
     row = results.common(stage)
     assert row["ms"] == {"median": 2.0, "p20": 1.9, "p80": 2.2}
-    assert row["params"] == {"N": 8192}
+    assert row["params"] == {"N": 8192, "D": 4, "V": 8}
+    assert (row["flops"], row["moved_bytes"]) == (6 * 8192 * 4 * 8, 2 * 2 * (8192 * 4 + 8 * 4))
     assert row["errors"] == {"logprob": 1e-3}
     assert row["note"] is None
     assert results.common(row) == row

@@ -195,7 +195,7 @@ def _cases(prompts: int, max_tokens: int, ends: bool, rounds: int) -> list[Case]
     ]
 
 
-CASES = _cases(16, 32, ends=False, rounds=5)
+CASES = _cases(16, 32, ends=False, rounds=3)
 MORE = _cases(64, 32, ends=False, rounds=5) + _cases(64, 512, ends=True, rounds=1)
 
 

@@ -161,12 +161,12 @@ def _shared(op: str, count: int) -> list[Case]:
     return _cases(op, params, lengths, "unshared", rounds=2)
 
 
-CASES = [case for op in ("shared_body", "shared_update") for case in _shared(op, 1)] + [
+CASES = _shared("shared_body", 1) + [
     case
     for name, lengths in _ALONE.items()
     for case in _cases("nothing_shared", {"lengths": name}, lengths, "plain", rounds=3)
 ]
-MORE = [case for op in ("shared_body", "shared_update") for case in _shared(op, 2)]
+MORE = _shared("shared_update", 1) + [case for op in ("shared_body", "shared_update") for case in _shared(op, 2)]
 
 
 def test_shared_prompts(case: Case, measure: Callable[[Case], None]) -> None:

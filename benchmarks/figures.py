@@ -59,13 +59,17 @@ def peers(rows: list[Row]) -> Data:
 
 
 def by_op(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
-    """{op: {peer: row}}, of the size that takes us most time, or memory where nothing is timed, a peer beside."""
+    """{op: {peer: row}}, of the size that takes us most time, or memory where nothing is timed, a peer beside.
+
+    The op that takes us most comes first.
+    """
     groups: dict[str, dict[str, dict[str, Row]]] = {}
     for row in rows:
         if row["ms"] or row["peak_bytes"]:
             groups.setdefault(row["op"], {}).setdefault(json.dumps(row["params"]), {}).setdefault(row["peer"], row)
     compared = {op: [g for g in sizes.values() if OURS in g and len(g) > 1] for op, sizes in groups.items()}
-    return {op: max(sizes, key=lambda g: _cost(g[OURS])) for op, sizes in compared.items() if sizes}
+    largest = {op: max(sizes, key=lambda g: _cost(g[OURS])) for op, sizes in compared.items() if sizes}
+    return dict(sorted(largest.items(), key=lambda item: _cost(item[1][OURS]), reverse=True))
 
 
 def _cost(row: Row) -> tuple[float, int]:
@@ -156,4 +160,4 @@ def _stage_limits(files: list[Results]) -> dict[str, float] | None:
 
 def digest(found: Data) -> str:
     """Of a picture's numbers: drawn into it, it says whether the picture is that of the results that are there."""
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]

@@ -25,7 +25,7 @@ def where(files: list[Results]) -> str:
 
 def summary(files: list[Results]) -> str:
     """A line an op, at the size that takes us most: our time and memory, and every peer's in multiples of them."""
-    lines = ["| op | size | ms | MB | peers: time, memory, in multiples of ours |", "|---|---|---|---|---|"]
+    lines = ["| op | size | ms | MB | peers: time (memory) in multiples of ours |", "|---|---|---|---|---|"]
     for op, group in by_op(row for file in files for row in file.rows).items():
         ours = group[OURS]
         theirs = "; ".join(f"{peer} {_multiples(row, ours)}" for peer, row in group.items() if peer != OURS)
@@ -35,7 +35,9 @@ def summary(files: list[Results]) -> str:
 
 
 def _multiples(row: Row, ours: Row) -> str:
-    return ", ".join("-" if ratio is None else f"{ratio:.2g}" for ratio in over(row, ours))
+    time, memory = over(row, ours)
+    shown = [] if time is None else [f"{time:.2g}"]
+    return " ".join(shown if memory is None else [*shown, f"({memory:.2g})"])
 
 
 def full(files: list[Results]) -> str:

@@ -15,7 +15,6 @@ from benchmarks.cases import DEVICE, OURS, Case
 from benchmarks.clock import clock, peak_allocated_bytes
 from benchmarks.limits import Rates, measure_rates
 from benchmarks.measure import measure as measure_case
-from benchmarks.measure import ratios
 from benchmarks.memory import fresh_processes, peak_extra_bytes
 from benchmarks.registry import Choice
 
@@ -95,17 +94,7 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, processes: BaseConte
             word = f"{case.name} is wrong, so it is not timed: {row['errors']}, allowed {case.tolerance}"
             pytest.fail(word) if case.peer == OURS else pytest.skip(word)
         if row["ms"]:
-            benchmark.extra_info.update(_extra(row, rows))
+            benchmark.extra_info.update({name: row[name] for name in ("params", "errors", "peak_bytes")})
+            benchmark.extra_info["tokens_per_second"] = round(1e3 * case.tokens / row["ms"]["median"])
 
     return run
-
-
-def _extra(row: results.Row, earlier: list[results.Row]) -> dict[str, Any]:
-    """What pytest-benchmark keeps beside the times; ours comes after its peers and is compared to them."""
-    info = {k: row[k] for k in ("params", "errors", "peak_bytes")}
-    info["tokens_per_second"] = round(1e3 * row["tokens"] / row["ms"]["median"])
-    if row["peer"] == OURS:
-        for peer in earlier:
-            if peer["ms"] and peer is not row and (peer["op"], peer["params"]) == (row["op"], row["params"]):
-                info[f"over_{peer['peer']}"] = ratios(peer, row)
-    return info

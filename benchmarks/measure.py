@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
 
 import torch
 
@@ -54,12 +53,3 @@ def _word(error: Exception) -> str:
         return "out of memory"
     kind = "absent" if isinstance(error, ImportError) else f"failed: {type(error).__name__}"
     return f"{kind}: {' '.join(str(error).split())[:200]}"
-
-
-def ratios(peer: dict[str, Any], ours: dict[str, Any]) -> dict[str, float | None]:
-    """Above 1 where ours is better. `min` is what a shared machine disturbs least."""
-    found: dict[str, float | None] = {}
-    for name in ("median", "min"):
-        found[f"speed_by_{name}"] = round(peer["ms"][name] / ours["ms"][name], 2)
-    weighed = peer["peak_bytes"] is not None and ours["peak_bytes"]
-    return {**found, "memory": round(peer["peak_bytes"] / ours["peak_bytes"], 2) if weighed else None}

@@ -12,7 +12,17 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from benchmarks.cases import OURS, Case, clipped_loss, relative_error
-from benchmarks.small_model import SMALL, dapo, gradient_errors, lognormal_lengths, make_model, make_rollouts, truth
+from benchmarks.small_model import (
+    MEDIUM,
+    SMALL,
+    Shape,
+    dapo,
+    gradient_errors,
+    lognormal_lengths,
+    make_model,
+    make_rollouts,
+    truth,
+)
 from fastgrpo.loss import policy_loss
 from fastgrpo.packing import denominators, pack
 from fastgrpo.policy import Policy
@@ -31,23 +41,23 @@ class Inputs:
     model: Qwen3ForCausalLM
 
 
-def _rollouts(seed: int, prompts: int) -> list[Rollout]:
+def _rollouts(seed: int, prompts: int, shape: Shape) -> list[Rollout]:
     """Prompts of 16 to 40 tokens, old log-probs on both sides of the clip range, lengths in an order of the seed's."""
     count = prompts * _GENERATIONS
     lengths = random.Random(seed).sample(lognormal_lengths(count, _MEDIAN, _SIGMA), count)
     groups = [lengths[i : i + _GENERATIONS] for i in range(0, count, _GENERATIONS)]
-    return make_rollouts(SMALL, [16 + 8 * (i % 4) for i in range(prompts)], groups, seed, on_policy=False)
+    return make_rollouts(shape, [16 + 8 * (i % 4) for i in range(prompts)], groups, seed, on_policy=False)
 
 
 @cache
-def _model(packed: bool) -> Qwen3ForCausalLM:
-    return make_model(packed=packed)
+def _model(packed: bool, shape: Shape) -> Qwen3ForCausalLM:
+    return make_model(shape, packed=packed)
 
 
-def make_inputs(seed: int, prompts: int, packed: bool) -> Inputs:
-    model = _model(packed)
+def make_inputs(seed: int, prompts: int, packed: bool, shape: Shape) -> Inputs:
+    model = _model(packed, shape)
     model.zero_grad(set_to_none=True)
-    return Inputs(_rollouts(seed, prompts), model)
+    return Inputs(_rollouts(seed, prompts, shape), model)
 
 
 def packed(x: Inputs) -> Tensor:
@@ -77,22 +87,22 @@ def padded(x: Inputs) -> Tensor:
     return loss.detach()
 
 
-def errors(x: Inputs, loss: Tensor) -> dict[str, float]:
-    true_loss, true_gradients = _truth(len(x.rollouts) // _GENERATIONS)
+def errors(x: Inputs, loss: Tensor, shape: Shape) -> dict[str, float]:
+    true_loss, true_gradients = _truth(len(x.rollouts) // _GENERATIONS, shape)
     scale = 1 / sum(r.num_tokens for r in x.rollouts)
     return {"loss": relative_error(loss, scale * true_loss), **gradient_errors(x.model, true_gradients, scale)}
 
 
 @cache
-def _truth(prompts: int) -> tuple[Tensor, list[Tensor]]:
-    return truth(SMALL, _rollouts(0, prompts), dapo)
+def _truth(prompts: int, shape: Shape) -> tuple[Tensor, list[Tensor]]:
+    return truth(shape, _rollouts(0, prompts, shape), dapo)
 
 
-def cases(prompts: int) -> list[Case]:
+def cases(prompts: int, shape: Shape = SMALL, rounds: int = 5) -> list[Case]:
     """`tokens` counts those that are not padding."""
-    lengths = [len(r.prompt.token_ids) + r.num_tokens for r in _rollouts(0, prompts)]
+    lengths = [len(r.prompt.token_ids) + r.num_tokens for r in _rollouts(0, prompts, shape)]
     params = {
-        "model": SMALL.name,
+        "model": shape.name,
         "prompts": prompts,
         "n": _GENERATIONS,
         "lengths": f"lognormal({_MEDIAN},{_SIGMA})",
@@ -104,17 +114,17 @@ def cases(prompts: int) -> list[Case]:
             peer=peer,
             params=params,
             tokens=sum(lengths),
-            inputs=partial(make_inputs, prompts=prompts, packed=peer == OURS),
+            inputs=partial(make_inputs, prompts=prompts, packed=peer == OURS, shape=shape),
             run=run,
-            errors=errors,
+            errors=partial(errors, shape=shape),
             tolerance={"loss": 1e-5, "gradient": 1e-4, "missing_gradients": 0},
-            rounds=11,
+            rounds=rounds,
         )
         for peer, run in (("padded", padded), (OURS, packed))
     ]
 
 
-CASES = cases(prompts=4)
+CASES = [*cases(prompts=4), *cases(prompts=4, shape=MEDIUM, rounds=3)]
 
 
 def test_update(case: Case, measure: Callable[[Case], None]) -> None:

@@ -25,7 +25,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--peer", nargs="+", default=[], metavar="PEER", help="only these and ours (--list names them)")
     add("--case", default="", metavar="WORD", help="only the cases whose name contains this")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add("--threads", type=int, default=1, metavar="N", help="of the CPU (default 1: others wait for no busy core)")
+    add(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the CPU (default 1; more wait for one another where other programs run)",
+    )
     add("--full", action="store_true", help="the large sizes as well")
     add("--results", type=Path, metavar="DIR", help="write DIR/<op>.json, such as benchmarks/results/cpu-2core")
     add("--list", action="store_true", help="the cases, not run")

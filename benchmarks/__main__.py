@@ -18,7 +18,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="fastgrpo bench",
         description="Time, memory and correctness of the ops and of training, against the real peers.",
         epilog="Without options: all suites, small sizes, every peer that is installed. Exit code 1 when a result of "
-        "ours is wrong (peers may be), when --compare finds a regression, or when --readme --check finds a difference.",
+        "ours is wrong (peers may be), when --compare finds ours worse, or when --readme --check finds a difference.",
     )
     add = parser.add_argument
     add("--suite", nargs="+", choices=_SUITES, default=[*_SUITES], metavar="SUITE", help=f"of {', '.join(_SUITES)}")

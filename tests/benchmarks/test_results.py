@@ -94,14 +94,16 @@ def test_changes_beyond_the_spread(ms: float | None, peak: int | None, kinds: li
 
 
 def test_compare_says_what_became_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = _write(tmp_path / "a", [_row(OURS, 10.0), _row("trl", 30.0), _row("gone", 1.0)])
-    after = _write(tmp_path / "b", [_row(OURS, 15.0), _row("trl", 20.0)])
+    before = _write(tmp_path / "a", [_row("trl", 20.0), _row(OURS, 10.0), _row("gone", 1.0)])
+    after = _write(tmp_path / "b", [_row("trl", 30.0), _row(OURS, 15.0)])
     assert main(["--compare", str(before), str(after)]) == 1
     first, second, last = capsys.readouterr().out.splitlines()
     assert first.startswith("slower")
     assert "10 -> 15 ms (+50%)" in first
-    assert second.startswith("faster")
-    assert last.startswith("1 worse, 1 better")
+    assert second.startswith("slower")
+    assert "20 -> 30 ms" in second
+    assert last == "beyond the spread: 1 of ours worse, 0 better; 1 of the peers' changed"
+    assert main(["--compare", str(after), str(before)]) == 0
     assert main(["--compare", str(before), str(before)]) == 0
     with pytest.raises(ValueError, match="no case in common"):
         compare.compare(before, _write(tmp_path / "c", [_row("other", 1.0)]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from math import log
 from typing import Any
 
@@ -109,7 +109,7 @@ def errors(x: Inputs, loss: Tensor, policy: bool = True) -> dict[str, float]:
     }
 
 
-@cache
+@lru_cache(maxsize=1)  # a size's peers follow one another, and the gradients are large
 def truth(seed: int, N: int, D: int, V: int, policy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and gradients in float64, by autograd, some rows at a time; without `policy`, of the mean log-prob."""
     x = make_inputs(seed, N, D, V)

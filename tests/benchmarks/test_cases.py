@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,6 +16,7 @@ from benchmarks import registry, test_attention, test_head, test_logits, test_sm
 from benchmarks.cases import OURS, Case
 from benchmarks.limits import Rates, measure_rates
 from benchmarks.measure import measure
+from benchmarks.memory import fresh_processes, peak_extra_bytes
 
 _CASES = [
     *test_head.policy_cases("linear_grpo_loss", {"N": 128, "D": 16, "V": 520}, rounds=1),
@@ -134,6 +137,19 @@ def test_a_peer_that_fails_is_a_row_that_says_so(run: Callable[[Any], Any], note
 
 def test_a_real_allocation_that_is_too_large_is_out_of_memory() -> None:
     assert _measured(_fake(OURS, lambda _: torch.empty(1 << 60, dtype=torch.uint8)))["note"] == "out of memory"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak")
+def test_memory_is_weighed_in_a_process_that_may_die() -> None:
+    """What a fresh process can find by itself: bytes, and an end as the system makes it where memory runs out."""
+    processes = fresh_processes(["benchmarks.memory"])
+    assert processes is not None
+    weigh = partial(peak_extra_bytes, processes=processes)
+    size = 16 << 20
+    grown = weigh(replace(_fake("naive"), inputs=size.__add__, run=b"x".__mul__))
+    assert size <= grown < 1.2 * size
+    row = measure(replace(_fake(OURS), inputs=int, run=os._exit), weigh, lambda _: None, _rates)
+    assert row["note"] == "out of memory"
 
 
 def test_an_absent_package_is_named() -> None:

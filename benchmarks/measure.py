@@ -49,6 +49,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _word(error: Exception) -> str:
+    if isinstance(error, BrokenProcessPool):
+        return "out of memory, as it seems: its process was ended"
     if out_of_memory(error):
         return "out of memory"
     kind = "absent" if isinstance(error, ImportError) else f"failed: {type(error).__name__}"

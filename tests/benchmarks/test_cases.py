@@ -149,7 +149,7 @@ def test_memory_is_weighed_in_a_process_that_may_die() -> None:
     grown = weigh(replace(_fake("naive"), inputs=size.__add__, run=b"x".__mul__))
     assert size <= grown < 1.2 * size
     row = measure(replace(_fake(OURS), inputs=int, run=os._exit), weigh, lambda _: None, _rates)
-    assert row["note"] == "out of memory"
+    assert row["note"] == "out of memory, as it seems: its process was ended"
 
 
 def test_an_absent_package_is_named() -> None:

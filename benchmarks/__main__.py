@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of the CPU (default 1; more wait for one another where other programs run)",
     )
+    add("--cpu-time", action="store_true", help="count no turns that other programs had, on a busy machine")
     add("--full", action="store_true", help="the large sizes as well")
     add("--results", type=Path, metavar="DIR", help="write DIR/<op>.json, such as benchmarks/results/cpu-2core")
     add("--list", action="store_true", help="the cases, not run")
@@ -94,7 +95,8 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     if suites and not cases:
         raise ValueError(f"--suite {' '.join(suites)} has no such case (--list names those it has)")
-    code = runner.run(suites, choice, options.results) if suites else 0
+    timer = "time.process_time" if options.cpu_time else "time.perf_counter"
+    code = runner.run(suites, choice, options.results, timer) if suites else 0
     if on_stages:
         code = max(code, runner.run_stages(on_stages, options.results))
     return code

@@ -52,15 +52,22 @@ class Watch:
         self.bar.advance(self._task)
 
 
-def run(suites: Sequence[str], choice: Choice, folder: Path | None) -> int:
+def run(suites: Sequence[str], choice: Choice, folder: Path | None, timer: str) -> int:
     """Run the suites' cases by pytest-benchmark in this process; 1 when one of ours is wrong or fails, else 0.
 
-    Stopped by Ctrl-C, it shows and keeps what it has.
+    timer: what pytest-benchmark times with on a CPU, a function's name. Stopped by Ctrl-C, it shows and keeps what it
+    has.
     """
     modules = [str(_HERE / f"{module}.py") for suite in suites for module in SUITES[suite] if choice.of_name(module)]
     with tempfile.TemporaryDirectory() as kept:
         arguments = ["-c", str(_HERE.parent / "pyproject.toml"), "-p", "no:cacheprovider", "--benchmark-only"]
-        arguments += [*modules, f"--results={kept}", f"--case={choice.word}", f"--peers={','.join(choice.peers)}"]
+        arguments += [
+            f"--benchmark-timer={timer}",
+            *modules,
+            f"--results={kept}",
+            f"--case={choice.word}",
+            f"--peers={','.join(choice.peers)}",
+        ]
         said = io.StringIO()
         with _progress() as bar, contextlib.redirect_stdout(said):
             watch = Watch(bar)

@@ -16,7 +16,9 @@ def where(files: list[Results]) -> str:
     device = header["device"]
     if isinstance(device, dict):
         threads = f"{device['cores']} cores, {device['threads']} thread{'s' if device['threads'] > 1 else ''}"
-        device = device.get("gpu") or f"{device['cpu']}, {threads}"
+        timers = {file.header.get("timer") for file in files}
+        clock = ", CPU time" if timers == {"time.process_time"} else ""
+        device = device.get("gpu") or f"{device['cpu']}, {threads}{clock}"
     commits = sorted({(file.header["commit"] or "unknown")[:7] for file in files})
     days = sorted({file.header["date"][:10] for file in files})
     versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items() if v and k != "fastgrpo")

@@ -147,7 +147,7 @@ def test_memory_is_weighed_in_a_process_that_may_die() -> None:
     weigh = partial(peak_extra_bytes, processes=processes)
     size = 16 << 20
     grown = weigh(replace(_fake("naive"), inputs=size.__add__, run=b"x".__mul__))
-    assert size <= grown < 1.2 * size
+    assert grown == pytest.approx(size, rel=0.05)  # to some pages
     row = measure(replace(_fake(OURS), inputs=int, run=os._exit), weigh, lambda _: None, _rates)
     assert row["note"] == "out of memory, as it seems: its process was ended"
 

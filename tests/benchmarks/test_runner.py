@@ -33,11 +33,12 @@ def _bench(*arguments: str, program: list[str]) -> subprocess.CompletedProcess[s
 
 def test_a_suite_runs_and_its_results_are_kept(tmp_path: Path) -> None:
     kept = tmp_path / "results"
-    done = _bench("bench", *_SUITE, "--results", str(kept), program=["-m", "fastgrpo"])
+    done = _bench("bench", *_SUITE, "--cpu-time", "--results", str(kept), program=["-m", "fastgrpo"])
     assert done.returncode == 0, done.stderr
     content = json.loads((kept / "gae.json").read_text())
     assert {"commit", "date", "versions", "device"} <= content.keys()
     assert content["device"]["threads"] == 1
+    assert content["timer"] == "time.process_time"
     assert [row["peer"] for row in content["results"]] == ["naive", "fastgrpo"]
     assert all(row["correct"] and row["ms"]["p20"] <= row["ms"]["p80"] for row in content["results"])
     assert "1/2 gae[S=128,N=32768]-naive" in done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from benchmarks.memory import fresh_processes, peak_extra_bytes
 from benchmarks.registry import Choice
 
 _ROWS = pytest.StashKey[list[results.Row]]()
+_RATES = pytest.StashKey[Rates]()
+_clock = clock(DEVICE)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,16 +42,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if DEVICE.type == "cuda":
-        timer = clock(DEVICE)
         for item in items:
-            item.add_marker(pytest.mark.benchmark(timer=timer))
+            item.add_marker(pytest.mark.benchmark(timer=_clock))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     folder, rows = session.config.getoption("results"), session.config.stash[_ROWS]
     if folder and rows:
         timer = "device events" if DEVICE.type == "cuda" else str(session.config.getoption("benchmark_timer"))
-        results.write(folder, rows, results.header(DEVICE, timer, _rates() if _rates.cache_info().currsize else None))
+        results.write(folder, rows, results.header(DEVICE, timer, session.config.stash.get(_RATES, None)))
 
 
 @pytest.fixture(scope="session")
@@ -62,15 +62,11 @@ def processes(request: pytest.FixtureRequest) -> BaseContext | None:
     return fresh_processes({item.module.__name__ for item in items} | peers)
 
 
-@cache
-def _rates() -> Rates:
-    return measure_rates(DEVICE)
-
-
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest, processes: BaseContext | None) -> Callable[[Case], None]:
     """Run one case. A result of ours that is not right fails here, before anything is timed; a peer's is a row."""
-    rows = request.config.stash[_ROWS]
+    config, stash = request.config, request.config.stash
+    rows = stash[_ROWS]
 
     def weigh(case: Case) -> int | None:
         if DEVICE.type == "cuda":
@@ -85,8 +81,15 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, processes: BaseConte
         benchmark.pedantic(case.run, setup=lambda: ((case.inputs(next(seeds)),), {}), rounds=case.rounds)
         return None if benchmark.disabled else benchmark.stats.stats.data
 
+    def rates() -> Rates:
+        """Of this run, by the clock that times the cases."""
+        if _RATES not in stash:
+            on_gpu = DEVICE.type == "cuda"
+            stash[_RATES] = measure_rates(DEVICE, _clock if on_gpu else config.getoption("benchmark_timer").target)
+        return stash[_RATES]
+
     def run(case: Case) -> None:
-        row = measure_case(case, weigh, time, _rates)
+        row = measure_case(case, weigh, time, rates)
         rows.append(row)
         if row["note"]:
             pytest.skip(row["note"])

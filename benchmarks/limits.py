@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.clock import clock
-
 
 @dataclass(frozen=True)
 class Rates:
@@ -37,16 +35,17 @@ def copy(device: torch.device, size: int) -> Callable[[], Tensor]:
     return lambda: b.copy_(a)
 
 
-def measure_rates(device: torch.device, *, n: int | None = None, size: int | None = None) -> Rates:
-    """The best of some runs: fp32 on a CPU, bf16 on a GPU, and more bytes than caches hold."""
+def measure_rates(
+    device: torch.device, now: Callable[[], float], *, n: int | None = None, size: int | None = None
+) -> Rates:
+    """The best of some runs by the clock `now`: fp32 on a CPU, bf16 on a GPU, and more bytes than caches hold."""
     on_gpu = device.type == "cuda"
     n, size = n or (8192 if on_gpu else 1536), size or 1 << (32 if on_gpu else 28)
     product = gemm(device, n, torch.bfloat16 if on_gpu else torch.float32)
-    return Rates(2 * n**3 / _best(product, device), 2 * size / _best(copy(device, size), device))
+    return Rates(2 * n**3 / _best(product, now), 2 * size / _best(copy(device, size), now))
 
 
-def _best(run: Callable[[], Tensor], device: torch.device, rounds: int = 9) -> float:
-    now = clock(device)
+def _best(run: Callable[[], Tensor], now: Callable[[], float], rounds: int = 9) -> float:
     run()
     seconds = []
     for _ in range(rounds):

@@ -232,7 +232,7 @@ class _Moments:
             return e * (2 * inner + hidden)
         down = bool(self.adapters.among(("down_proj",)))
         if e == _FLOAT:
-            return e * ((3 - down) * inner + 2 * hidden)
+            return e * ((3 - down) * inner + hidden * (1 + self.family.fused_qkv))
         later = _FLOAT * inner * down + e * inner * self.family.fused_qkv  # kept in the end, but not there yet
         return max((_FLOAT if down else 3 * e) * inner, self._sum - later) + 12 * hidden
 

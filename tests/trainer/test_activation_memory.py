@@ -183,7 +183,7 @@ def _live_bytes(policy: Policy, batch: PackedBatch) -> tuple[int, int, int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["Qwen3", "Phi3"])
 def test_the_allocator_agrees(family: str, dtype: torch.dtype, width: int, every: int, adapted: bool) -> None:
-    """With the narrow MLP the peak is in the final norm, unless a layer is recomputed or all weights but LoRA frozen."""
+    """With the narrow MLP the peak is in the final norm, unless a layer is recomputed or adapted."""
     sizes = {"hidden_size": 64, "intermediate_size": width, "num_attention_heads": 4, "head_dim": 16}
     config = _config(family, max_position_embeddings=1024, **sizes)
     batch = _batch([(300, [200, 180, 190])])

@@ -18,7 +18,7 @@ from fastgrpo.rollout.loop.cache import Group, Row
 from fastgrpo.rollout.loop.sampling import sample, uniforms
 
 # Prompt tokens of one step, unless one prompt is longer: bounds the memory of the activations.
-_PREFILL_TOKENS = 2048
+PREFILL_TOKENS = 2048
 
 Ended = Callable[[Row, bool], None]
 """Told of every completion that ended: its row, and whether it ended by itself."""
@@ -141,7 +141,7 @@ class Decoder:
         room, tokens = len(self.free), 0
         while waiting and room > 0 and not self.ready:
             tokens += len(waiting[0].token_ids)
-            if (chosen and tokens > _PREFILL_TOKENS) or not self.cache.fits([*chosen, waiting[0]]):
+            if (chosen and tokens > PREFILL_TOKENS) or not self.cache.fits([*chosen, waiting[0]]):
                 break
             chosen.append(waiting.popleft())
             room -= n

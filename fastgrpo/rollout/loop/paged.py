@@ -206,14 +206,24 @@ def groups_at_once(rows: int, n: int) -> int:
     return 2 * -(-rows // n) + 1
 
 
+def paged_bytes(shape: KeyShape, rows: int, n: int, longest_prompt: int, longest_completion: int) -> int:
+    """Of a `PagedCache` for so many rows, `n` of a prompt."""
+    per_row, per_prompt = pages_of(longest_prompt, longest_completion)
+    pages = 1 + rows * per_row + groups_at_once(rows, n) * per_prompt
+    return pages * PAGE * shape.numbers * shape.dtype.itemsize
+
+
+def rows_within(free: int, shape: KeyShape, rows: int, n: int, longest_prompt: int, longest_completion: int) -> int:
+    """Of so many rows as many as pages in `free` bytes of memory serve, halving; at least one."""
+    while rows > 1 and paged_bytes(shape, rows, n, longest_prompt, longest_completion) > _SHARE * free:
+        rows //= 2
+    return rows
+
+
 def rows_that_fit(shape: KeyShape, rows: int, n: int, longest_prompt: int, longest_completion: int) -> int:
-    """Of so many rows as many as the device's free memory holds, halving; at least one."""
+    """`rows_within` the device's free memory."""
     if shape.device.type != "cuda":
         return rows
     free, _ = torch.cuda.mem_get_info(shape.device)
     free += torch.cuda.memory_reserved(shape.device) - torch.cuda.memory_allocated(shape.device)
-    per_row, per_prompt = pages_of(longest_prompt, longest_completion)
-    page_bytes = PAGE * shape.numbers * shape.dtype.itemsize
-    while rows > 1 and (1 + rows * per_row + groups_at_once(rows, n) * per_prompt) * page_bytes > _SHARE * free:
-        rows //= 2
-    return rows
+    return rows_within(free, shape, rows, n, longest_prompt, longest_completion)

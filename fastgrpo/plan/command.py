@@ -25,7 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastgrpo plan",
         usage="fastgrpo plan CONFIG.yaml [--option value ...] [--gpu NAME] ...",
-        description="Predict a run's memory by part and phase, and its seconds by stage; docs/plan.md has the formulas. "
+        description="Predict a run's memory by part and phase, its seconds by stage; docs/plan.md has the formulas. "
         "Only the model's config is loaded. Exits with 1 when the run does not fit.",
         epilog="fastgrpo train --help lists every option of a run. Of CONFIG.yaml only `model` is required here.",
         allow_abbrev=False,

@@ -256,7 +256,7 @@ class MemoryPlanner:
             waiting = e * shape.head if shape.tied and shape.adapters is None else 0
         moments = [{"activations": kept, "head": head}, {"activations": peak, "head": waiting}]
         if shape.adapters is None:
-            # A weight's gradient in the model's dtype lives until it is added to the fp32 sum, on a CPU as an fp32 copy.
+            # A weight's gradient in the model's dtype lives until it is added to the fp32 sum, on a CPU as a copy.
             copied = e + _FLOAT * (self._masters and not self.device.is_gpu)
             beside = e * tokens * getattr(shape.config, "intermediate_size", 0)
             moments[1]["gradients"] = max(0, copied * shape.widest - beside)

@@ -98,8 +98,13 @@ class MemoryPlanner:
 
     @cached_property
     def microbatch(self) -> tuple[int, int]:
-        """Tokens of the largest one, and how many are scored."""
+        """Tokens of the largest one of the update, and how many are scored."""
         return self.workload.microbatch(self.config)
+
+    @cached_property
+    def _whole(self) -> tuple[int, int]:
+        """The same of the forwards before it, over the whole batch."""
+        return self.workload.microbatch(self.config, self.workload.prompts)
 
     @cached_property
     def engine(self) -> str:
@@ -179,14 +184,15 @@ class MemoryPlanner:
         """Bytes by phase and part."""
         found = {"rollout": self._rollout()}
         if self.reference:
-            found["reference"] = self._scoring(with_head=True)
+            found["reference"] = self._scoring(self._whole)
         if self.share_of_old:
-            found["old log-probs"] = self._scoring(with_head=True)
+            prompts = max(1, round(self.share_of_old * self.workload.prompts))
+            found["old log-probs"] = self._scoring(self.workload.microbatch(self.config, prompts))
         if self.critic:
-            found["values"] = self._scoring(with_head=False)
+            found["values"] = self._scoring(self._whole, with_head=False)
             found["critic update"] = self._update(critic=True)
         found["update"] = self._update(critic=False)
-        found["optimizer step"] = {"batch": self._batch}
+        found["optimizer step"] = {"batch": self._batch(self.config.num_minibatches)}
         return {name: self._with_lasting(parts) for name, parts in found.items()}
 
     def _with_lasting(self, parts: dict[str, int]) -> dict[str, int]:
@@ -203,16 +209,14 @@ class MemoryPlanner:
         activations = found.tokens * self.activations.forward if self.activations else 0
         return {"cache": found.cache, "activations": activations, "head": found.logits, "batch": found.numbers}
 
-    @property
-    def _batch(self) -> int:
-        """The packed batches of a minibatch and what came out, which stay until its step is done."""
+    def _batch(self, minibatches: int = 1) -> int:
+        """The packed batches of a share of the rollouts and what came out, which stay until all are done."""
         tokens, scored = self.microbatch
-        needed = -(-self.workload.samples // self.config.num_minibatches) * self.workload.longest
+        needed = -(-self.workload.samples // minibatches) * self.workload.longest
         return _TOKEN * tokens * -(-needed // scored) + _SCORED * needed
 
-    def problem(self, *, differentiable: bool) -> tuple[HeadProblem, HeadPlan]:
-        """The LM head's work in a micro-batch, and how it is done."""
-        _, scored = self.microbatch
+    def problem(self, scored: int, *, differentiable: bool) -> tuple[HeadProblem, HeadPlan]:
+        """The LM head's work over so many scored tokens of a micro-batch, and how it is done."""
         hidden = self.shape.config.hidden_size
         problem = HeadProblem(
             num_rows=scored,
@@ -229,16 +233,16 @@ class MemoryPlanner:
         bounds = [*range(0, scored, self.workload.longest), scored]
         return problem, plan_head(problem, lambda: bounds, watched=False)
 
-    def _scoring(self, *, with_head: bool) -> dict[str, int]:
+    def _scoring(self, microbatch: tuple[int, int], *, with_head: bool = True) -> dict[str, int]:
         """Log-probs or values without gradients: the widest layer, or the head over the last hidden states."""
-        tokens, scored = self.microbatch
+        tokens, scored = microbatch
         hidden = self.shape.config.hidden_size
         states = (tokens + scored) * self.dtype.itemsize * hidden
-        head = head_bytes(*self.problem(differentiable=False)) if with_head else _FLOAT * scored * hidden
+        head = head_bytes(*self.problem(scored, differentiable=False)) if with_head else _FLOAT * scored * hidden
         layers = tokens * self.activations.forward if self.activations else 0
         if layers > states + head:
-            return {"activations": layers, "batch": self._batch}
-        return {"activations": states, "head": head, "batch": self._batch}
+            return {"activations": layers, "batch": self._batch()}
+        return {"activations": states, "head": head, "batch": self._batch()}
 
     def _update(self, *, critic: bool) -> dict[str, int]:
         """The widest of three moments of a micro-batch; parts that last are not in it."""
@@ -252,7 +256,7 @@ class MemoryPlanner:
         if critic:
             head, waiting = 2 * _FLOAT * scored * shape.config.hidden_size, 0
         else:
-            head = head_bytes(*self.problem(differentiable=True))
+            head = head_bytes(*self.problem(scored, differentiable=True))
             waiting = e * shape.head if shape.tied and shape.adapters is None else 0
         moments = [{"activations": kept, "head": head}, {"activations": peak, "head": waiting}]
         if shape.adapters is None:
@@ -261,4 +265,4 @@ class MemoryPlanner:
             beside = e * tokens * getattr(shape.config, "intermediate_size", 0)
             moments[1]["gradients"] = max(0, copied * shape.widest - beside)
             moments.append({"activations": least, "head": waiting, "gradients": copied * shape.head + waiting})
-        return max(moments, key=lambda parts: sum(parts.values())) | {"batch": self._batch}
+        return max(moments, key=lambda parts: sum(parts.values())) | {"batch": self._batch(self.config.num_minibatches)}

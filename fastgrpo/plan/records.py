@@ -43,14 +43,15 @@ class Workload:
         """Completions in a rollout batch."""
         return self.prompts * self.group
 
-    def microbatch(self, config: GRPOConfig) -> tuple[int, int]:
+    def microbatch(self, config: GRPOConfig, prompts: int | None = None) -> tuple[int, int]:
         """Tokens of the largest micro-batch, and how many of them are scored, at most; completions all the longest.
 
-        A sequence longer than the budget goes alone; a minibatch with fewer tokens than the budget is one micro-batch.
+        prompts: of those that are packed together; default: of a minibatch.
+        A sequence longer than the budget goes alone; fewer tokens than the budget are one micro-batch.
         """
         alone = self.prompt + self.longest
         budget = max(config.max_tokens_per_microbatch, alone)
-        prompts = -(-self.prompts // config.num_minibatches)
+        prompts = prompts or -(-self.prompts // config.num_minibatches)
         together = 1
         if config.share_prompts:
             together = max(1, min(self.group, (budget - self.prompt) // self.longest))

@@ -63,9 +63,12 @@ def rollout_memory(
         cache = paged_bytes(keys, rows, *sizes)
         if rows < asked:
             note = f"memory for keys and values is short: {rows} completions are decoded at once, not {asked}"
+        joining = workload.prompts
     else:
         cache = slab_bytes(keys, rows, workload)
-    prompts = min(workload.prompts, max(1, PREFILL_TOKENS // workload.prompt), -(-rows // workload.group))
+        # Slabs come with the tokens: there are few of them yet when the first prompts are run.
+        joining = workload.prompts - -(-rows // workload.group) * (workload.longest >= workload.prompt)
+    prompts = min(joining, max(1, PREFILL_TOKENS // workload.prompt), -(-rows // workload.group))
     vocab_size = shape.head // shape.config.hidden_size
     return RolloutMemory(
         rows=rows,

@@ -90,6 +90,13 @@ class _Clock:
         known = self.memory.activations
         return known.layer * known.num_layers if known else 0.0
 
+    @property
+    def _again(self) -> float:
+        """Share of the layers' products that checkpointing repeats: not the last of a layer, which keeps nothing."""
+        config, every = self.memory.shape.config, self.memory.checkpoint_every
+        last = 2 * config.num_hidden_layers * config.hidden_size * getattr(config, "intermediate_size", 0)
+        return max(0.0, 1 - last / self.memory.shape.work.per_token) / every if every else 0.0
+
     def forward(self, *, with_head: bool) -> float:
         """Of the whole batch, without gradients."""
         tokens, scored, attended = self._batch
@@ -100,18 +107,17 @@ class _Clock:
     def update(self, *, with_head: bool) -> float:
         """Forward and backward of the whole batch; frozen weights want no gradient, checkpointed layers run twice."""
         tokens, scored, attended = self._batch
-        work, every = self.memory.shape.work, self.memory.checkpoint_every
-        again = 1 / every if every else 0.0
+        work, again = self.memory.shape.work, self._again
         passes = (3 if self.memory.shape.adapters is None else 2) + again
-        _, plan = self.memory.problem(differentiable=True)
+        _, plan = self.memory.problem(self.memory.microbatch[1], differentiable=True)
         products = work.per_token * tokens * passes + work.per_scored * scored * plan.gemms * with_head
         attention = self._attention(attended * (1 + ATTENTION_BACKWARD + again))
         traffic = (UPDATE_TRAFFIC + again * FORWARD_TRAFFIC) * self._kept * tokens
         return self._gemm(products) + attention + self._copy(traffic)
 
     def optimizer(self) -> float:
-        """Of one step: gradients read for the norm, scaled, read, zeroed; moments and masters read and written."""
-        return self._copy(sum(4 * m.gradients + 2 * m.optimizer + 2 * m.weights for m in self._learners))
+        """Of one step: gradients read for the norm, scaled, read, zeroed; moments and weights read and written."""
+        return self._copy(sum(5 * m.gradients + 2 * m.optimizer + 2 * m.weights for m in self._learners))
 
     @property
     def _learners(self) -> list[ModelBytes]:

@@ -26,6 +26,8 @@ from typing import Literal, cast
 
 import torch
 
+from ..vocabulary import BLOCK_ELEMENTS
+
 HOST_LOGITS = 64 << 20
 """Bytes of a window's logits on the CPU."""
 
@@ -162,8 +164,9 @@ def head_bytes(problem: HeadProblem, plan: HeadPlan) -> int:
         buffers = chunked + plan.logit_rows * vocab_size * 4 + copies
     else:
         chunk = max((window.stop - window.start for window in plan.windows), default=0)
-        copies = chunk * (1 + problem.differentiable) + min(VOCAB_TILE, vocab_size)
-        buffers = (chunk * vocab_size + copies * hidden_size) * wide
+        copies = (chunk * (1 + problem.differentiable) + min(VOCAB_TILE, vocab_size)) * hidden_size
+        scratch = 2 * min(BLOCK_ELEMENTS, chunk * vocab_size)  # of the passes over logits, which no copies outlive
+        buffers = (chunk * vocab_size + max(copies, scratch)) * wide
     return max(buffers + wide * gradients, (wide + problem.dtype.itemsize) * gradients)
 
 

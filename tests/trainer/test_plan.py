@@ -17,9 +17,10 @@ from fastgrpo.config import GRPOConfig
 from fastgrpo.gpus import GPUS, Device
 from fastgrpo.optim import Optimizer
 from fastgrpo.packing import denominators, pack
-from fastgrpo.plan import Plan, Workload, describe_shape, plan_run
-from fastgrpo.plan.planner import MemoryPlanner
+from fastgrpo.plan.planner import MemoryPlanner, plan_run
+from fastgrpo.plan.records import Plan, Workload
 from fastgrpo.plan.seconds import predict_seconds
+from fastgrpo.plan.shapes import describe_shape
 from fastgrpo.policy import Policy, Reference, load_policy
 from fastgrpo.policy.loading import skeleton_of
 from fastgrpo.records import Prompt, Rollout, RolloutBatch, Sampling

@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_told_what_would(model: str, capsys: pytest.Capture
     checkpointed = [*argv, "--gradient_checkpointing", "true", "--max_tokens_per_microbatch"]
     assert main([*checkpointed, str(largest)]) == 0
     assert main([*checkpointed, str(largest + 1000)]) == 1
-    assert main([*argv, "--gpu-memory", "3"]) == 1
+    assert main([*argv, "--gpu-memory", "2"]) == 1
     assert "does not fit, nor with checkpointing" in capsys.readouterr().out
 
 

@@ -264,5 +264,6 @@ class MemoryPlanner:
             copied = e + _FLOAT * (self._masters and not self.device.is_gpu)
             beside = e * tokens * getattr(shape.config, "intermediate_size", 0)
             moments[1]["gradients"] = max(0, copied * shape.widest - beside)
-            moments.append({"activations": least, "head": waiting, "gradients": copied * shape.head + waiting})
+            embedding = max(waiting + e * shape.head, copied * shape.head)  # tied, it is added to what waits
+            moments.append({"activations": least, "gradients": embedding})
         return max(moments, key=lambda parts: sum(parts.values())) | {"batch": self._batch(self.config.num_minibatches)}

@@ -28,7 +28,7 @@ class Group(Sequence):
 
     index: its place in the list of prompts; logits: [V] of the token after it, and draws: its samples' random numbers,
     until the last one has begun; waiting: its samples that have not begun yet; alive: how many are being decoded;
-    pages: where it lies in a `PagedCache`.
+    start: its first place in a `SlotCache`.
     """
 
     index: int = 0
@@ -37,15 +37,14 @@ class Group(Sequence):
     draws: Tensor | None = None
     waiting: list[int] = field(default_factory=list)
     alive: int = 0
-    pages: list[int] = field(default_factory=list)
+    start: int = 0
 
 
 @dataclass(eq=False)
 class Row(Sequence):
     """A completion that is being decoded; its newest token is not among its keys and values yet.
 
-    sample: its place among all samples; slot: where its random numbers are; pages: its own and its prompt's full ones
-    in a `PagedCache`.
+    sample: its place among all samples; slot: where its random numbers are; start: its first place in a `SlotCache`.
     """
 
     group: Group = field(default_factory=Group)
@@ -53,7 +52,7 @@ class Row(Sequence):
     slot: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
+    start: int = 0
 
 
 class SlabCache:

@@ -85,6 +85,7 @@ class GRPOConfig(
             _require(self, name, lambda v: 0 <= v <= 1, "between 0 and 1")
         _require(self, "top_entropy_quantile", lambda v: 0 < v <= 1, "above 0 and at most 1")
         _require(self, "top_p", lambda v: 0 < v <= 1, "above 0 and at most 1")
+        _require(self, "stop_strings", all, "strings that are not empty")
         _require(self, "max_steps", lambda v: v == -1 or v > 0, "-1 or greater than 0")
         _require(self, "seed", lambda v: v < 2**63, "less than 2**63")
         _require(self, "output_dir", bool, "a folder's name")

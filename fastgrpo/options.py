@@ -159,6 +159,7 @@ class RolloutOptions:
         check_sampling: Compare the engine's log-probs with the trainer's on the first samples; stop if they disagree.
         rollout_batch_size: Completions decoded at once; bounds the memory of the cache.
         stop_token_ids: Tokens that end a completion beside the model's end-of-sequence tokens.
+        stop_strings: Pieces of text that end a completion; the token that completes one is kept whole.
         dynamic_sampling: DAPO's: draw new prompts for groups without a signal (all rewards equal).
         dynamic_sampling_max_rounds: Most times a step samples, the first time included.
     """
@@ -180,6 +181,7 @@ class RolloutOptions:
     check_sampling: bool = True
     rollout_batch_size: int = 256
     stop_token_ids: list[int] = field(default_factory=list)
+    stop_strings: list[str] = field(default_factory=list)
     dynamic_sampling: bool = False
     dynamic_sampling_max_rounds: int = 4
 

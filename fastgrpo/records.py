@@ -236,6 +236,7 @@ class Sampling:
     temperature:    logits are divided by it; 0 takes the likeliest token, with log-prob 0.
     seed:           the same seed, prompts and weights give the same completions.
     stop_token_ids: tokens that end a completion, beside the tokenizer's and model's end-of-sequence tokens.
+    stop_strings:   pieces of text that end it, with the token that completes one of them.
     top_k:          only the k likeliest tokens; 0 = all. The filters follow the temperature, in this order.
     top_p:          only the likeliest tokens that together reach this probability; 1 = all.
     min_p:          only tokens at least this likely, relative to the likeliest; 0 = all.
@@ -247,6 +248,7 @@ class Sampling:
     temperature: float = 1.0
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0

@@ -21,6 +21,7 @@ from fastgrpo.rollout.loop.decoder import Decoder, Ended, logits_of
 from fastgrpo.rollout.loop.sampling import sample
 from fastgrpo.rollout.loop.slabs import KeyShape
 from fastgrpo.rollout.loop.slots import BURST, SlotCache, SlotStep, groups_at_once
+from fastgrpo.rollout.stopping import Stopping
 
 # A row's state: its newest token, its prompt's place and length, its own place and how many of its tokens are kept, and
 # its slot, where its random numbers are.
@@ -196,8 +197,8 @@ class SlotDecoder(Decoder):
 
     cache: SlotCache
 
-    def __init__(self, model: Any, session: Session, sampling: Sampling, ends: set[int], batch_size: int) -> None:
-        super().__init__(model, session.cache, sampling, ends, batch_size)
+    def __init__(self, model: Any, session: Session, sampling: Sampling, stopping: Stopping, batch_size: int) -> None:
+        super().__init__(model, session.cache, sampling, stopping, batch_size)
         self.session = session
         self.uniforms = session.uniforms
         self.prefill_tokens = _PREFILL_TOKENS if session.cache.shape.dtype.itemsize == 2 else Decoder.prefill_tokens
@@ -207,7 +208,9 @@ class SlotDecoder(Decoder):
         self.slots = self.counts = np.zeros(0, dtype=np.int64)
         self.tokens = np.zeros((batch_size, sampling.max_tokens + BURST), dtype=np.int64)
         self.logprobs = np.zeros(self.tokens.shape, dtype=np.float32)
-        self._ends = np.array(sorted(ends), dtype=np.int64)
+        self._ends, self._candidates = (
+            np.array(sorted(ids), dtype=np.int64) for ids in (stopping.tokens, stopping.candidates)
+        )
 
     def _next_prompts(self, waiting: deque[Group], n: int) -> list[Group]:
         # A step that brings prompts is not captured, and slow for all rows: it waits until it fills many slots.
@@ -250,6 +253,9 @@ class SlotDecoder(Decoder):
         columns = self.counts + np.arange(len(tokens))[:, None]
         self.tokens[self.slots, columns], self.logprobs[self.slots, columns] = tokens, logprobs
         by_itself = np.isin(tokens, self._ends)
+        if len(self._candidates):
+            for turn, i in np.argwhere(np.isin(tokens, self._candidates)):
+                by_itself[turn, i] |= self.stopping.ended(self.tokens[self.slots[i], : columns[turn, i] + 1].tolist())
         last = by_itself | (columns + 1 >= self.sampling.max_tokens)
         finished = []
         for i in np.flatnonzero(last.any(0)).tolist():

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastgrpo.records import Sampling
 from fastgrpo.rollout.loop.cache import Group, Row
 from fastgrpo.rollout.loop.sampling import sample, uniforms
+from fastgrpo.rollout.stopping import Stopping
 
 Ended = Callable[[Row, bool], None]
 """Told of every completion that ended: its row, and whether it ended by itself."""
@@ -51,18 +52,18 @@ class Decoder:
     """Draws `n` completions of every prompt; sample i * n + k is the k-th of prompt i.
 
     model:      a model whose attention is handed to `attend=`; in eval mode.
-    ends:       the tokens that end a completion.
+    stopping:   what ends a completion.
     batch_size: completions alive at once.
     """
 
     # Prompt tokens of one step, unless one prompt is longer: bounds the memory of the activations.
     prefill_tokens = 2048
 
-    def __init__(self, model: Any, cache: Cache, sampling: Sampling, ends: set[int], batch_size: int) -> None:
+    def __init__(self, model: Any, cache: Cache, sampling: Sampling, stopping: Stopping, batch_size: int) -> None:
         self.model = model
         self.cache = cache
         self.sampling = sampling
-        self.ends = ends
+        self.stopping = stopping
         self.device = next(model.parameters()).device
         self.free = list(range(batch_size))[::-1]
         self.uniforms = torch.zeros(batch_size, sampling.max_tokens, dtype=torch.float64)
@@ -161,7 +162,7 @@ class Decoder:
         """Add a token to a row; has it ended?"""
         row.tokens.append(token)
         row.logprobs.append(logprob)
-        by_itself = token in self.ends
+        by_itself = self.stopping.ended(row.tokens)
         if not by_itself and len(row.tokens) < self.sampling.max_tokens:
             return False
         self._end(row, by_itself, ended)

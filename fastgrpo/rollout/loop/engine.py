@@ -23,6 +23,7 @@ from fastgrpo.rollout.loop.decoder import Decoder, Ended
 from fastgrpo.rollout.loop.plain import PlainRow, decode_plainly
 from fastgrpo.rollout.loop.slabs import KeyShape
 from fastgrpo.rollout.loop.slots import SlotCache, rows_that_fit, why_not_slots
+from fastgrpo.rollout.stopping import Stopping
 
 # Of a GPU's memory, what may stay taken while the policy trains: preparing graphs anew takes seconds.
 _KEPT_SHARE = 0.2
@@ -68,7 +69,7 @@ class LoopEngine:
         """See `Engine.generate`."""
         if not prompts:
             return []
-        ends = self.end_tokens | set(sampling.stop_token_ids)
+        stopping = Stopping(self.tokenizer, self.end_tokens | set(sampling.stop_token_ids), sampling.stop_strings)
         samples: dict[int, tuple[Row | PlainRow, bool]] = {}
         groups: dict[int, list[Rollout]] = {}
         missing = [n] * len(prompts)
@@ -99,9 +100,9 @@ class LoopEngine:
                 self._ask()
             ids = [prompt.token_ids for prompt in prompts]
             if self._shape is None:
-                decode_plainly(self.model, ids, n, sampling, ends, self.batch_size, ended, check)
+                decode_plainly(self.model, ids, n, sampling, stopping, self.batch_size, ended, check)
             else:
-                self._decode(self._shape, ids, n, sampling, ends, ended, check)
+                self._decode(self._shape, ids, n, sampling, stopping, ended, check)
         finally:
             self.model.train(was_training)
         return [rollout for group in range(len(prompts)) for rollout in groups[group]]
@@ -141,7 +142,7 @@ class LoopEngine:
         prompts: list[list[int]],
         n: int,
         sampling: Sampling,
-        ends: set[int],
+        stopping: Stopping,
         ended: Ended,
         check: Callable[[], None],
     ) -> None:
@@ -149,7 +150,7 @@ class LoopEngine:
         longest = max(len(ids) for ids in prompts)
         if self.unslotted is not None:
             cache = SlabCache(shape, rows=rows, longest_prompt=longest, longest_completion=sampling.max_tokens)
-            Decoder(self.model, cache, sampling, ends, rows).run(prompts, n, ended, check)
+            Decoder(self.model, cache, sampling, stopping, rows).run(prompts, n, ended, check)
             self.cache_bytes, self.uncaptured = cache.nbytes, "keys and values are not in slots"
             return
         session, self._session = self._session, None  # one that is cut short is not gone on with
@@ -161,7 +162,7 @@ class LoopEngine:
                 plan, rows=rows_that_fit(shape, plan.rows, plan.groups, plan.longest_prompt, plan.max_tokens)
             )
             session = Session.make(plan, shape)
-        SlotDecoder(self.model, session, sampling, ends, min(rows, session.plan.rows)).run(prompts, n, ended, check)
+        SlotDecoder(self.model, session, sampling, stopping, min(rows, session.plan.rows)).run(prompts, n, ended, check)
         self.cache_bytes, self.uncaptured = session.cache.nbytes, session.reason
         self._session = session
 

@@ -87,8 +87,7 @@ class TransformersEngine:
             reason = self._why_not()
             self._options = dict(options or {})
         if reason is not None:
-            name = type(self._causal_lm).__name__
-            raise ValueError(f"rollout_engine 'transformers' cannot run {name}: {reason}")
+            raise ValueError(f"rollout_engine 'transformers' cannot run {type(self._causal_lm).__name__}: {reason}")
 
     def generate(
         self, prompts: list[Prompt], n: int, sampling: Sampling, done: Callable[[list[Rollout]], None] | None = None

@@ -63,7 +63,10 @@ def make_critic(policy: Policy, config: GRPOConfig, peft_config: object = None) 
     Beginning as the policy, it has copies of what it trains alone: frozen weights and the LM head stay the policy's.
     """
     if config.critic_model is not None:
-        return Critic(load_policy(config.critic_model, policy.tokenizer, config, peft_config))
+        try:
+            return Critic(load_policy(config.critic_model, policy.tokenizer, config, peft_config))
+        except ValueError as error:
+            raise ValueError(f"critic_model: {error}") from error
     own = {id(p) for p in decoder_of(policy.causal_lm).parameters() if p.requires_grad}
     shared = {id(p): p for p in policy.model.parameters() if id(p) not in own}
     body = Policy(copy.deepcopy(policy.model, shared), policy.tokenizer)

@@ -245,7 +245,7 @@ class LossOptions:
         epsilon: Lower clip range of the ratio.
         epsilon_high: Upper clip range; for cispo the cap itself. Default: epsilon.
         delta: Upper cap of the unclipped ratio (two-sided clipping).
-        beta: Weight of the KL term against the reference model; 0 loads none.
+        beta: Weight of the KL term against the reference model; 0 = no such term.
         kl_estimator: k1, k2 or k3 (Schulman's estimators).
         kl_bias_correction: Multiply the KL term by the ratio.
         entropy_coef: Weight of the entropy bonus.

@@ -5,7 +5,7 @@ As few micro-batches as the budget allows, weighed against one another by the wo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -42,13 +42,19 @@ def pack(rollouts: list[Rollout], *, max_tokens: int, share: bool = False, work:
 
 
 def pack_lazily(
-    rollouts: list[Rollout], *, max_tokens: int, share: bool = False, work: Work = _TOKENS
+    rollouts: list[Rollout],
+    *,
+    max_tokens: int,
+    share: bool = False,
+    work: Work = _TOKENS,
+    numbers: Sequence[str] = PER_TOKEN,
 ) -> Iterator[PackedBatch]:
     """Cut into micro-batches of at most `max_tokens` tokens, on the CPU; one longer sequence goes alone.
 
     share: completions of the same prompt tokens go together, and their prompt is there once in each micro-batch; they
     are parted, and the prompt repeated, only where they exceed the budget.
     work: what tokens cost; the micro-batches, no more of them than the tokens ask for, are to cost the same.
+    numbers: which of the rollouts' numbers per token go along.
     The same rollouts give the same micro-batches. Raises ValueError, with the numbers, for a budget below 1, a prompt
     or completion without tokens, and log-probs that are not one per token.
     """
@@ -68,7 +74,7 @@ def pack_lazily(
     sizes = [prompts[unit[0]] + sum(tokens) for unit, tokens in zip(units, lengths, strict=True)]
     costs = [work.of(prompts[unit[0]], tokens) for unit, tokens in zip(units, lengths, strict=True)]
     for chosen in _balanced(sizes, costs, max_tokens):
-        yield _pack_one(rollouts, [units[u] for u in chosen], sum(costs[u] for u in chosen))
+        yield _pack_one(rollouts, [units[u] for u in chosen], sum(costs[u] for u in chosen), numbers)
 
 
 def _check(i: int, rollout: Rollout) -> None:
@@ -128,7 +134,7 @@ def _least_work(sizes: list[int], costs: list[float], capacity: int, count: int)
     return [sorted(members) for members in bins if members]
 
 
-def _pack_one(rollouts: list[Rollout], units: list[list[int]], work: float) -> PackedBatch:
+def _pack_one(rollouts: list[Rollout], units: list[list[int]], work: float, numbers: Sequence[str]) -> PackedBatch:
     """units: the completions that share a prompt, or one alone, which is then one plain sequence with its prompt."""
     shared = [[rollouts[i] for i in unit] for unit in units if len(unit) > 1]
     members = [unit[0] for unit in units if len(unit) == 1] + [i for unit in units if len(unit) > 1 for i in unit]
@@ -149,7 +155,7 @@ def _pack_one(rollouts: list[Rollout], units: list[list[int]], work: float) -> P
     predictor = _ranges(torch.tensor(first) - 1, completions)
     predictor[cu_seqlens[:-1].long()] = torch.tensor(before)
     tokens = [t for ids in prompts for t in ids] + [t for group in shared for r in group for t in r.token_ids]
-    per_token = {name: _joined(chosen, name) for name in PER_TOKEN}
+    per_token = {name: _joined(chosen, name) if name in numbers else None for name in PER_TOKEN}
     advantages = per_token.pop("advantages")
     return PackedBatch(
         input_ids=torch.tensor(tokens, dtype=torch.int64),

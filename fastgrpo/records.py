@@ -101,8 +101,10 @@ class Rollout:
         return [{"role": "assistant", "content": self.text}]
 
 
-PER_TOKEN = ("sampling_logprob", "old_logprob", "ref_logprob", "values", "returns", "advantages")
-"""What a `Rollout` may hold one of for each of its tokens."""
+FOR_POLICY = ("sampling_logprob", "old_logprob", "ref_logprob", "advantages")
+FOR_CRITIC = ("values", "returns")
+PER_TOKEN = (*FOR_POLICY, *FOR_CRITIC)
+"""What a `Rollout` may hold one of for each of its tokens, by whose loss needs it."""
 
 
 def hand_out(values: Tensor, rollouts: list[Rollout], name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from fastgrpo.config import GRPOConfig
 from fastgrpo.loss import policy_loss, value_loss
 from fastgrpo.optim import Optimizer
 from fastgrpo.policy import Critic, Policy, Reference
-from fastgrpo.records import Denominators, PackedBatch, Rollout, RolloutBatch, hand_out
+from fastgrpo.records import FOR_CRITIC, FOR_POLICY, Denominators, PackedBatch, Rollout, RolloutBatch, hand_out
 from fastgrpo_kernels import LossOutput
 
 _PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -99,8 +99,8 @@ class Updater:
             batch.metrics |= self._judge(batch.rollouts)
         minibatches = [self._select(m) for m in packing.split_minibatches(batch.rollouts, self.config.num_minibatches)]
         if self.reference is not None:
-            self._fill_logprobs("ref_logprob", [r for m in minibatches for r in m], self.reference)
-        self._fill_logprobs("old_logprob", [r for m in minibatches[1:] for r in m], self.policy)
+            self._fill("ref_logprob", [r for m in minibatches for r in m], self.reference)
+        self._fill("old_logprob", [r for m in minibatches[1:] for r in m], self.policy)
         batch.metrics["perf/prepare_time"] = time.perf_counter() - started
 
     def step(self, batch: RolloutBatch, rate: float, critic_rate: float = 0.0) -> tuple[dict[str, float], bool]:
@@ -140,7 +140,7 @@ class Updater:
         started = time.perf_counter()
         parts = []
         with self.critic.body.mode(training=True):
-            for packed in self._placed(rollouts, self.critic.body):
+            for packed in self._placed(rollouts, self.critic.body, FOR_CRITIC):
                 values = self.critic.values(packed)
                 loss, metrics = value_loss(values, packed, cliprange=self.config.cliprange_value, whole=whole)
                 loss.backward()
@@ -154,10 +154,11 @@ class Updater:
         """Advantages per token of all that trains, and the returns for the critic; see docs/algorithms.md."""
         rollouts = self._trained(rollouts)
         if self.config.kl_coef and self.reference is not None:
-            self._fill_logprobs("ref_logprob", rollouts, self.reference)
-            self._fill_logprobs("old_logprob", rollouts, self.policy)
+            self._fill("ref_logprob", rollouts, self.reference)
+            self._fill("old_logprob", rollouts, self.policy)
         if self.critic is not None:
-            self._fill("values", rollouts, self.critic.predict, self.critic.body)
+            packed = self._placed(rollouts, self.critic.body, FOR_CRITIC)
+            _scatter([(p, self.critic.predict(p)) for p in packed], rollouts, "values")
         return assign_token_advantages(rollouts, self.config, self.policy.device)
 
     def _trained(self, rollouts: list[Rollout]) -> list[Rollout]:
@@ -166,10 +167,12 @@ class Updater:
     def _select(self, rollouts: list[Rollout]) -> list[Rollout]:
         return packing.select(rollouts, mask_truncated=self.config.mask_truncated_completions, skip_zero=self.skip_zero)
 
-    def _placed(self, rollouts: list[Rollout], model: Policy | None = None) -> Iterator[PackedBatch]:
+    def _placed(
+        self, rollouts: list[Rollout], model: Policy | None = None, numbers: Sequence[str] = FOR_POLICY
+    ) -> Iterator[PackedBatch]:
         """The rollouts as micro-batches for the model, by default the policy, on its device, made one at a time."""
         budget, share = self.config.max_tokens_per_microbatch, (model or self.policy).shares
-        packed = packing.pack_lazily(rollouts, max_tokens=budget, share=share, work=self._work)
+        packed = packing.pack_lazily(rollouts, max_tokens=budget, share=share, work=self._work, numbers=numbers)
         return self.policy.placed(packed)
 
     def _backward(self, packed: PackedBatch, whole: Denominators, threshold: Tensor | None) -> LossOutput:
@@ -185,16 +188,11 @@ class Updater:
         output.loss.backward()
         return output
 
-    def _fill_logprobs(self, name: str, rollouts: list[Rollout], model: Policy | Reference) -> None:
+    def _fill(self, name: str, rollouts: list[Rollout], model: Policy | Reference) -> None:
         """Set `old_logprob` or `ref_logprob` of the rollouts that have none yet, without gradients."""
         missing = [r for r in rollouts if getattr(r, name) is None]
-        self._fill(name, missing, lambda packed: model.logprobs(packed, self.config.temperature)[0], self.policy)
-
-    def _fill(
-        self, name: str, rollouts: list[Rollout], forward: Callable[[PackedBatch], Tensor], model: Policy
-    ) -> None:
-        """Set `name` of the rollouts to what `forward` gives for their tokens."""
-        _scatter([(packed, forward(packed)) for packed in self._placed(rollouts, model)], rollouts, name)
+        temperature = self.config.temperature
+        _scatter([(p, model.logprobs(p, temperature)[0]) for p in self._placed(missing)], missing, name)
 
     def _entropy_threshold(self, rollouts: list[Rollout]) -> Tensor | None:
         """The quantile of the minibatch's entropies under the policy that starts the step; see docs/losses.md."""

@@ -214,6 +214,23 @@ def test_dead_completions_are_skipped_by_the_policy_and_teach_the_critic(tiny_mo
             assert (a - b).abs().max() <= 1e-6 * max(g.abs().max() for g in theirs)
 
 
+def test_dead_completions_have_no_logprobs_and_teach_the_critic_all_the_same(tiny_model_dir: Path) -> None:
+    """Without rewards and before the critic has learnt anything, most advantages are exactly 0."""
+    updater = _updater(
+        tiny_model_dir, _config(num_iterations=2, num_minibatches=2, kl_coef=0.0, lam=1.0, advantage_whitening=False)
+    )
+    assert updater.critic is not None
+    for parameter in updater.critic.value_head.parameters():
+        torch.nn.init.zeros_(parameter)
+    batch = _batch()
+    for r in batch.rollouts[:5]:
+        r.reward = 0.0
+    batch = _ready(updater, batch)
+    assert [r.dead for r in batch.rollouts] == [True] * 5 + [False]
+    losses = [updater.step(batch, 1e-3, 1e-3)[0]["value_loss"] for _ in range(4)]
+    assert losses[:2] == [0.0, pytest.approx(0.5 * 6 / 10)]  # six tokens of the second minibatch's ten return 1
+
+
 @pytest.mark.parametrize(("place", "options"), [(3, {}), (4, {"mask_truncated_completions": True})])
 def test_what_does_not_train_leaves_no_trace(place: int, options: dict[str, Any], tiny_model_dir: Path) -> None:
     """A failed sample, and one that is cut under masking, may hold any tokens: neither policy nor critic sees them."""

@@ -24,6 +24,7 @@ import numpy as np
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from benchmarks import results
 from fastgrpo.algorithms import ALGORITHMS
 from fastgrpo.charts import Chart, Series, draw, moving_mean, number
 
@@ -47,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _train(folder, model, {"algorithm": algorithm, "seed": seed, "max_steps": options.steps})
         rows.append(read_row(folder, algorithm, seed))
         print(json.dumps({k: v for k, v in rows[-1].items() if k != "curve"}), flush=True)
-    (options.out / "algorithms.json").write_text(
-        json.dumps({"task": "examples/arithmetic.yaml", "rows": rows}, indent=1)
-    )
+    header = json.dumps(results._header("time.perf_counter"), indent=2).removesuffix("\n}")
+    lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
+    (options.out / "algorithms.json").write_text(f'{header},\n  "results": [\n{lines}\n  ]\n}}\n')
     (options.out / "algorithms.svg").write_text(figure(rows), encoding="utf-8")
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import yaml
 
+from benchmarks import algorithms
 from benchmarks.algorithms import figure, read_row
 from fastgrpo.config import GRPOConfig
 
@@ -44,6 +46,23 @@ def test_a_row_is_what_the_run_wrote(tmp_path: Path) -> None:
     assert row["curve"]["samples"][:2] == [12, 24]
     assert row["curve"]["seconds"][:2] == [1.75, 3.5]
     assert len(row["curve"]["reward"]) == 20
+
+
+def test_the_command_trains_reads_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+
+    def train(folder: Path, model: Path, options: dict[str, Any]) -> None:
+        trained.append((options["algorithm"], options["seed"], options["max_steps"]))
+        _run(folder, 10, 1.0, None)
+
+    monkeypatch.setattr(algorithms, "_warm_model", lambda folder: folder)
+    monkeypatch.setattr(algorithms, "_train", train)
+    algorithms.main(["--out", str(tmp_path), "--seeds", "0", "1", "--only", "grpo", "ppo", "--steps", "10"])
+    assert trained == [("grpo", 0, 10), ("ppo", 0, 10), ("grpo", 1, 10), ("ppo", 1, 10)]
+    written = json.loads((tmp_path / "algorithms.json").read_text())
+    assert [(row["algorithm"], row["seed"]) for row in written["results"]] == [t[:2] for t in trained]
+    assert {"commit", "date", "device", "versions"} <= written.keys()
+    assert "against seconds" in (tmp_path / "algorithms.svg").read_text()
 
 
 def test_the_figure_has_a_curve_of_the_seeds_mean_in_each_panel(tmp_path: Path) -> None:

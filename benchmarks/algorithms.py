@@ -4,8 +4,9 @@
 
 The demo's model is warmed up once, for all (`DIR/model`). Each run is `fastgrpo train examples/arithmetic.yaml` with
 another `algorithm`, into `DIR/<algorithm>-<seed>`; one that is there already goes on or is kept. `DIR/algorithms.json`
-has a row per run. `DIR/algorithms.svg` is the figure: the mean over the seeds, and over 9 steps around each. Seconds
-are those of a step's stages: evaluations and checkpoints are not in them.
+has a row per run. `DIR/algorithms.svg` is the figure: the rewards' mean over the seeds, and over 9 steps around each.
+Seconds are those of a step's stages, without evaluations and checkpoints, and their median over the seeds: the machine
+may be doing other things.
 """
 
 from __future__ import annotations
@@ -97,7 +98,6 @@ def read_row(folder: Path, algorithm: str, seed: int) -> dict[str, Any]:
         "options": {name: config[name] for name in ("loss_type", "learning_rate", "kl_coef", "critic_learning_rate")},
         "samples": int(samples[-1]),
         "seconds": {stage: round(value, 2) for stage, value in seconds.items()} | {"all": round(float(spent[-1]), 2)},
-        "peak_memory_gb": round(max(line["perf/peak_memory_gb"] for line in steps), 3),
         "reward": [round(float(np.mean(part)), 4) for part in (rewards[:tenth], rewards[-tenth:])],
         "accuracy": [summary["accuracy_before"], summary["accuracy_after"]],
         "curve": {"samples": samples.tolist(), "seconds": np.round(spent, 3).tolist(), "reward": rewards},
@@ -110,10 +110,9 @@ def figure(rows: Sequence[dict[str, Any]]) -> str:
     for algorithm in dict.fromkeys(row["algorithm"] for row in rows):
         own = [row["curve"] for row in rows if row["algorithm"] == algorithm]
         shortest = min(len(curve["reward"]) for curve in own)
-        curves[algorithm] = {
-            axis: np.mean([curve[axis][:shortest] for curve in own], axis=0)
-            for axis in ("samples", "seconds", "reward")
-        }
+        seeds = {axis: np.array([curve[axis][:shortest] for curve in own]) for axis in own[0]}
+        curves[algorithm] = {axis: np.mean(values, axis=0) for axis, values in seeds.items()}
+        curves[algorithm]["seconds"] = np.median(seeds["seconds"], axis=0)
     panels = [_panel(axis, curves) for axis in ("samples", "seconds")]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = number

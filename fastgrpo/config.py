@@ -255,7 +255,7 @@ _HINTS: dict[type, dict[str, Any]] = {}
 
 
 def _check_type(config: GRPOConfig, name: str) -> None:
-    hints = _HINTS.setdefault(type(config), get_type_hints(type(config)))
+    hints = _HINTS.get(type(config)) or _HINTS.setdefault(type(config), get_type_hints(type(config)))
     value = getattr(config, name)
     if not _matches(value, hints[name]):
         text = getattr(hints[name], "__name__", None) if isinstance(hints[name], type) else None

@@ -14,13 +14,12 @@ from fastgrpo import packing
 from fastgrpo.advantages import assign_token_advantages
 from fastgrpo.agreement import check_agreement
 from fastgrpo.config import GRPOConfig
+from fastgrpo.gpus import gpu_of
 from fastgrpo.loss import policy_loss, value_loss
 from fastgrpo.optim import Optimizer
 from fastgrpo.policy import Critic, Policy, Reference
 from fastgrpo.records import FOR_CRITIC, FOR_POLICY, Denominators, PackedBatch, Rollout, RolloutBatch, hand_out
 from fastgrpo_kernels import LossOutput
-
-_PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 class Updater:
@@ -237,8 +236,8 @@ def _peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s the device's maker states; None where it is not known, as for CPUs."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None)
+    known = gpu_of(torch.cuda.get_device_name(device))
+    return known.flops if known else None
 
 
 def _scatter(values: list[tuple[PackedBatch, Tensor]], rollouts: list[Rollout], name: str) -> None:

@@ -29,7 +29,7 @@ _TOKEN, _WHERE, _LENGTH, _SLOT, _STATE = 0, slice(1, 5), 4, 5, 6
 
 # Room for prompts comes in steps: the next batch's longest one is rarely as long as this one's.
 _STEP = 128
-# Prompt tokens of one step, where attention makes no scores of them.
+# Prompt tokens of one step in half precision.
 _PREFILL_TOKENS = 8192
 
 
@@ -50,7 +50,7 @@ class Plan:
         return cls(
             rows,
             groups_at_once(rows, n),
-            -(-longest_prompt // _STEP) * _STEP,
+            room_for(longest_prompt),
             sampling.max_tokens,
             (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p),
             tuple(parameter.data_ptr() for parameter in model.parameters()),
@@ -201,7 +201,7 @@ class SlotDecoder(Decoder):
         super().__init__(model, session.cache, sampling, stopping, batch_size)
         self.session = session
         self.uniforms = session.uniforms
-        self.prefill_tokens = _PREFILL_TOKENS if session.cache.shape.dtype.itemsize == 2 else Decoder.prefill_tokens
+        self.prefill_tokens = tokens_at_once(session.cache.shape.dtype)
         self.refill = batch_size // 8
         self.rows: list[Row] = []  # those of `state`, in order, and how many tokens each has
         self.state = torch.zeros(_STATE, 0, dtype=torch.int64, device=self.device)
@@ -267,6 +267,16 @@ class SlotDecoder(Decoder):
             finished.append(row)
         self.counts = self.counts + len(tokens)
         return finished
+
+
+def room_for(longest_prompt: int) -> int:
+    """Tokens that are kept free for every prompt."""
+    return -(-longest_prompt // _STEP) * _STEP
+
+
+def tokens_at_once(dtype: torch.dtype) -> int:
+    """Prompt tokens of a step. Only in half precision does attention make no scores of them."""
+    return _PREFILL_TOKENS if dtype.itemsize == 2 else Decoder.prefill_tokens
 
 
 def bucket(rows: int) -> int:

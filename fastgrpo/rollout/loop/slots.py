@@ -155,16 +155,28 @@ def groups_at_once(rows: int, n: int) -> int:
     return 2 * -(-rows // n) + 1
 
 
+def slot_bytes(shape: KeyShape, rows: int, groups: int, longest_prompt: int, longest_completion: int) -> int:
+    """Of a `SlotCache` of these sizes."""
+    places, _ = _places(rows, groups, longest_prompt, longest_completion)
+    return places * shape.numbers * shape.dtype.itemsize
+
+
+def rows_within(
+    free: int, shape: KeyShape, rows: int, groups: int, longest_prompt: int, longest_completion: int
+) -> int:
+    """Of so many rows as many as slots in `free` bytes of memory serve beside the prompts, halving; at least one."""
+    while rows > 1 and slot_bytes(shape, rows, groups, longest_prompt, longest_completion) > _SHARE * free:
+        rows //= 2
+    return rows
+
+
 def rows_that_fit(shape: KeyShape, rows: int, groups: int, longest_prompt: int, longest_completion: int) -> int:
-    """Of so many rows as many as the device's free memory holds beside the prompts, halving; at least one."""
+    """`rows_within` the device's free memory."""
     if shape.device.type != "cuda":
         return rows
     free, _ = torch.cuda.mem_get_info(shape.device)
     free += torch.cuda.memory_reserved(shape.device) - torch.cuda.memory_allocated(shape.device)
-    token = shape.numbers * shape.dtype.itemsize
-    while rows > 1 and token * _places(rows, groups, longest_prompt, longest_completion)[0] > _SHARE * free:
-        rows //= 2
-    return rows
+    return rows_within(free, shape, rows, groups, longest_prompt, longest_completion)
 
 
 def _places(rows: int, groups: int, longest_prompt: int, longest_completion: int) -> tuple[int, int]:

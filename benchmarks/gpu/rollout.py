@@ -175,13 +175,16 @@ def _steady(bench: Bench, shape: Shape, job: Job, rows: int, length: int) -> Row
         raise ValueError(f"not decoded over slots: {engine.reason or engine.unslotted}")
     sampling = Sampling(length + 4 * BURST)
     with torch.no_grad(), policy.mode(training=False):
-        session = Session.make(Plan.of(policy.model, rows, job.n, job.length, sampling), engine._shape)
+        plan = Plan.of(policy.model, rows, job.n, job.length, sampling)
+        session = Session.make(plan, engine._shape, job.n)
+        if session.plan != plan:
+            raise torch.cuda.OutOfMemoryError(f"room for {session.plan.rows} rows")
         session.cache.pool.normal_()
-        burst = session.burst(policy.model, sampling, rows)
+        burst = session.burst(policy.model, sampling, rows, plan.longest)
         runs = [partial(burst.run, _state(session, rows, job, length))]
         times = bench.times(runs, rounds=5, warmup=2)
     times = {name: round(value / BURST, 4) for name, value in times.items()}
-    limit = _limit(bench, policy, engine, rows, length)
+    limit = _limit(bench, policy, engine, job, rows, length)
     found: Row = {**times, "captured": session.reason is None, "tokens_per_second": round(1e3 * rows / times["ms"])}
     if limit:
         found |= {"limit_ms": round(limit, 4), "ratio_to_limit": round(times["ms"] / limit, 3)}
@@ -201,7 +204,7 @@ def _state(session: Session, rows: int, job: Job, length: int) -> torch.Tensor:
     return state.to(cache.shape.device)
 
 
-def _limit(bench: Bench, policy: Policy, engine: LoopEngine, rows: int, length: int) -> float | None:
+def _limit(bench: Bench, policy: Policy, engine: LoopEngine, job: Job, rows: int, length: int) -> float | None:
     """ms: keys and values at the copy's bandwidth, and the weights' bytes or products, whichever takes longer.
 
     The copy moves bytes both ways; what is only read is assumed to come as fast.
@@ -210,7 +213,8 @@ def _limit(bench: Bench, policy: Policy, engine: LoopEngine, rows: int, length: 
     rate = measured(bench, "gemm_rate", "tflops")
     if not bandwidth or not rate or engine._shape is None:
         return None
-    kept = rows * length * engine._shape.numbers * engine._shape.dtype.itemsize / bandwidth / 1e6
+    own, prompts = rows * (length - job.length), -(-rows // job.n) * job.length  # a prompt once for its rows
+    kept = (own + prompts) * engine._shape.numbers * engine._shape.dtype.itemsize / bandwidth / 1e6
     weights = policy.num_parameters * policy.dtype.itemsize / bandwidth / 1e6
     products = 2 * rows * policy.num_parameters / rate / 1e9
     return kept + max(weights, products)

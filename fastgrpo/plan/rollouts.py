@@ -15,7 +15,7 @@ from fastgrpo.rollout.loop.burst import room_for, tokens_at_once
 from fastgrpo.rollout.loop.cache import Group, Row, SlabCache
 from fastgrpo.rollout.loop.decoder import Decoder
 from fastgrpo.rollout.loop.slabs import SMALLEST, KeyShape
-from fastgrpo.rollout.loop.slots import groups_at_once, rows_within, slot_bytes
+from fastgrpo.rollout.loop.slots import bytes_for_slots, groups_at_once, rows_within, slot_bytes
 from fastgrpo.rollout.vllm.engine import MEMORY_SHARE
 
 
@@ -60,9 +60,9 @@ def rollout_memory(
     at_once = Decoder.prefill_tokens
     if device.is_gpu and keys.size <= 256:
         at_once = tokens_at_once(dtype)
-        sizes = (groups_at_once(rows, workload.group), room_for(workload.prompt), workload.longest)
-        asked, rows = rows, rows_within(free, keys, rows, *sizes)
-        cache = slot_bytes(keys, rows, *sizes)
+        sizes = (room_for(workload.prompt), workload.longest)
+        asked, rows = rows, rows_within(bytes_for_slots(free), keys, rows, workload.group, *sizes)
+        cache = slot_bytes(keys, rows, groups_at_once(rows, workload.group), *sizes)
         if rows < asked:
             note = f"memory for keys and values is short: {rows} completions are decoded at once, not {asked}"
         joining = workload.prompts

@@ -98,5 +98,6 @@ def _write_optimizer(folder: Path, name: str, optimizer: Optimizer) -> dict[str,
 def _read_optimizer(folder: Path, name: str, optimizer: Optimizer, contents: dict[str, Any]) -> None:
     tensors = load_tensors(folder / f"{name}.safetensors")
     optimizer.load_masters(tensors)
-    moments = {key: t for key, t in tensors.items() if key not in optimizer.masters()}
+    masters = optimizer.masters()
+    moments = {key: tensor for key, tensor in tensors.items() if key not in masters}
     unpack_optimizer(optimizer.torch_optimizer, moments, contents[name], optimizer.names)

@@ -27,7 +27,7 @@ class TestResume:
             {"dynamic_sampling": True, "dynamic_sampling_max_rounds": 2, "lr_scheduler_type": "cosine"},
             {"algorithm": "ppo", "num_iterations": 2, "num_minibatches": 2, "save_steps": 3},
             {"algorithm": "ppo", "dtype": "bfloat16", "sync_ref_model": True, "ref_model_sync_steps": 1},
-            {"algorithm": "ppo", "use_peft": True, "lora_r": 2, "lora_dropout": 0.2},
+            {"algorithm": "ppo", "use_peft": True, "lora_r": 2, "lora_dropout": 0.2, "num_generations": 1},
             {"algorithm": "reinforce_pp", "num_minibatches": 2, "save_steps": 3},
         ],
         ids=[

@@ -43,6 +43,7 @@ STAGES = (
     Stage("limits", "limits:limits", 60),
     Stage("tests", "checks:tests", 150),
     Stage("update", "update:update", 330),
+    Stage("rollout", "rollout:rollout", 240),
     Stage("attention", "attention:attention", 60),
     Stage("numerics", "head:numerics", 80),
     Stage("head", "head:head", 150),

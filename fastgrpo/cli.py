@@ -18,7 +18,7 @@ from fastgrpo.config import ConfigError, GRPOConfig, RunConfig, nearest
 from fastgrpo.errors import RunError
 from fastgrpo.options import GROUPS, TaskOptions
 
-_LISTS = ("reward_funcs", "report_to", "stop_token_ids", "reward_weights")
+_LISTS = ("reward_funcs", "report_to", "stop_token_ids", "stop_strings", "reward_weights")
 
 _USAGE = """usage: fastgrpo COMMAND ...
 

@@ -11,11 +11,11 @@ from fastgrpo.config import GRPOConfig
 from fastgrpo.gpus import Device
 from fastgrpo.plan.records import Workload
 from fastgrpo.plan.shapes import ModelShape
-from fastgrpo.rollout.loop.burst import BURST
+from fastgrpo.rollout.loop.burst import room_for, tokens_at_once
 from fastgrpo.rollout.loop.cache import Group, Row, SlabCache
-from fastgrpo.rollout.loop.decoder import PREFILL_TOKENS
-from fastgrpo.rollout.loop.paged import paged_bytes, rows_within
+from fastgrpo.rollout.loop.decoder import Decoder
 from fastgrpo.rollout.loop.slabs import SMALLEST, KeyShape
+from fastgrpo.rollout.loop.slots import bytes_for_slots, groups_at_once, rows_within, slot_bytes
 from fastgrpo.rollout.vllm.engine import MEMORY_SHARE
 
 
@@ -57,10 +57,12 @@ def rollout_memory(
         taken = f"vLLM takes gpu_memory_utilization={share:g} of the device while it generates, its weights among it"
         return RolloutMemory(rows, 0, round(share * device.memory), 0, 0, per_token, taken)
     note: str | None = None
-    if device.is_gpu and dtype.itemsize == 2 and keys.size % 8 == 0 and keys.size <= 256:
-        sizes = (workload.group, workload.prompt, workload.longest + BURST)
-        asked, rows = rows, rows_within(free, keys, rows, *sizes)
-        cache = paged_bytes(keys, rows, *sizes)
+    at_once = Decoder.prefill_tokens
+    if device.is_gpu and keys.size <= 256:
+        at_once = tokens_at_once(dtype)
+        sizes = (room_for(workload.prompt), workload.longest)
+        asked, rows = rows, rows_within(bytes_for_slots(free), keys, rows, workload.group, *sizes)
+        cache = slot_bytes(keys, rows, groups_at_once(rows, workload.group), *sizes)
         if rows < asked:
             note = f"memory for keys and values is short: {rows} completions are decoded at once, not {asked}"
         joining = workload.prompts
@@ -68,7 +70,7 @@ def rollout_memory(
         cache = slab_bytes(keys, rows, workload)
         # Slabs come with the tokens: there are few of them yet when the first prompts are run.
         joining = workload.prompts - -(-rows // workload.group) * (workload.longest >= workload.prompt)
-    prompts = min(joining, max(1, PREFILL_TOKENS // workload.prompt), -(-rows // workload.group))
+    prompts = min(joining, max(1, at_once // workload.prompt), -(-rows // workload.group))
     vocab_size = shape.head // shape.config.hidden_size
     return RolloutMemory(
         rows=rows,

@@ -254,7 +254,7 @@ def test_seconds_follow_the_rates() -> None:
 
 
 def test_a_gpu_s_update_is_its_head_s_and_layers_parts() -> None:
-    """On a GPU the head holds gradient rows and fp32 sums, and pages are all there from the start."""
+    """On a GPU the head holds gradient rows and fp32 sums, and slots are all there from the start."""
     config = _config(dtype="bfloat16", max_tokens_per_microbatch=4096)
     shape = describe_shape(skeleton_of(_model_config("Qwen3", _UNTIED)), config)
     plan = plan_run(shape, config, GPUS["h100"], _LOAD)

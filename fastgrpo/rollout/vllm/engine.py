@@ -125,7 +125,7 @@ class VLLMEngine:
             params = self._vllm.SamplingParams(
                 **sampling_options(self._policy, sampling, group, n),
                 flat_logprobs=True,
-                detokenize=False,
+                detokenize=bool(sampling.stop_strings),
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             self._llm.llm_engine.add_request(str(group), {"prompt_token_ids": prompt.token_ids}, params)

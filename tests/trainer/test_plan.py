@@ -21,7 +21,7 @@ from fastgrpo.plan.planner import MemoryPlanner, plan_run
 from fastgrpo.plan.records import Plan, Workload
 from fastgrpo.plan.seconds import predict_seconds
 from fastgrpo.plan.shapes import describe_shape
-from fastgrpo.policy import Policy, Reference, load_policy
+from fastgrpo.policy import Policy, Reference, load_policy, make_critic
 from fastgrpo.policy.loading import skeleton_of
 from fastgrpo.records import Prompt, Rollout, RolloutBatch, Sampling
 from fastgrpo.rollout.loop import LoopEngine
@@ -158,13 +158,12 @@ def test_parts_to_the_byte_and_peaks_within_ten_percent(case: str, tiny_tokenize
 
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"dtype": "float32", "gradient_checkpointing": True}])
 def test_the_critic_of_ppo(options: dict[str, Any], tiny_tokenizer: Any) -> None:
-    make_critic = pytest.importorskip("fastgrpo.policy.critic").make_critic
     config = _config(algorithm="ppo", **options)
     plan = _planned("Qwen3", _UNTIED, config)
     policy = _policy("Qwen3", _UNTIED, config, tiny_tokenizer)
     critic = make_critic(policy, config)
     optimizers = [Optimizer(m.trainable(), config) for m in (policy, critic)]
-    updater: Any = Updater(policy, Reference(policy), optimizers[0], config, critic, optimizers[1])  # type: ignore
+    updater = Updater(policy, Reference(policy), optimizers[0], config, critic, optimizers[1])
     batch = _batch()
     updater.prepare(batch)
     updater.step(batch, 1e-6, 1e-6)

@@ -75,6 +75,23 @@ def test_options_move_the_parts_they_are_about(record: Any) -> None:
     assert base["phases"]["optimizer step"]["weights"] == cut["phases"]["optimizer step"]["weights"]
 
 
+def test_ppo_beside_grpo(record: Any) -> None:
+    """A critic of the policy's size doubles what lasts but for its value head; GRPO's KL term shares the reference."""
+    same = ["--gpu", "h200", "--gradient_checkpointing", "true"]
+    grpo, _ = record(*same, "--beta", "0.05")
+    ppo, _ = record(*same, "--algorithm", "ppo")
+    assert {"values", "critic update", "old log-probs"} == set(ppo["phases"]) - set(grpo["phases"])
+    lasting = [sum(sum(model.values()) for model in plan["models"].values()) for plan in (grpo, ppo)]
+    assert grpo["models"]["policy"] == ppo["models"]["policy"]
+    assert grpo["models"]["reference"] == ppo["models"]["reference"]
+    assert 0.52 < lasting[0] / lasting[1] < 0.55
+    own = sum(ppo["models"]["policy"].values())
+    assert own / (own + sum(ppo["models"]["critic"].values())) == pytest.approx(0.5, abs=1e-4)
+    assert sum(grpo["seconds"].values()) < sum(ppo["seconds"].values())
+    elsewhere, _ = record(*same, "--algorithm", "ppo", "--critic_model", "some/where")
+    assert "critic_model=some/where" in elsewhere["notes"][-1]
+
+
 def test_what_does_not_fit_is_told_what_would(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     many = ["--max_completion_length", "1024", "--num_prompts_per_step", "64"]
     argv = ["plan", "--model", model, "--gpu", "4090", *many]

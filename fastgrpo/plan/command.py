@@ -158,9 +158,10 @@ def _memory_table(plan: Plan) -> Any:
     def row(part: str, sizes: Iterable[int]) -> None:
         table.add_row(part, *(f"{size / unit:.3g}" if size >= unit else f"{size / unit:.2f}" for size in sizes))
 
-    table = Table(name, box=box.SIMPLE_HEAD, show_edge=False)
-    for phase in plan.phases:
-        table.add_column(phase, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column(name, no_wrap=True)
+    for phase in plan.phases:  # narrow: a name's words below one another, none cut
+        table.add_column(phase, justify="right", min_width=max(map(len, phase.split())))
     for part in next(iter(plan.phases.values())):
         sizes = [parts[part] for parts in plan.phases.values()]
         if any(sizes):

@@ -13,6 +13,8 @@ import torch
 import transformers
 
 from fastgrpo.cli import main
+from fastgrpo.gpus import GPUS, gpu_of
+from fastgrpo.plan.records import PARTS
 from fastgrpo.plan.shapes import describe_shape
 from fastgrpo.plan.table import BEGIN, CARDS, END, MODELS, make_table, write_table
 from fastgrpo.policy.loading import skeleton_of
@@ -75,6 +77,13 @@ def test_options_move_the_parts_they_are_about(record: Any) -> None:
     assert base["phases"]["optimizer step"]["weights"] == cut["phases"]["optimizer step"]["weights"]
 
 
+def test_no_word_of_the_table_is_cut(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "--model", model, "--gpu", "h200", "--algorithm", "ppo", "--num_minibatches", "2"])
+    text = capsys.readouterr().out
+    assert "\u2026" not in text  # an ellipsis
+    assert all(part in text for part in PARTS)
+
+
 def test_ppo_beside_grpo(record: Any) -> None:
     """A critic of the policy's size doubles what lasts but for its value head; GRPO's KL term shares the reference."""
     same = ["--gpu", "h200", "--gradient_checkpointing", "true"]
@@ -122,6 +131,24 @@ def test_where_the_run_would_be(record: Any) -> None:
     assert some["device"]["memory"] == 500_000_000_000
     assert some["device"]["flops"] is None
     assert some["inputs"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L40", None),  # neither an L4 nor an L40S
+        ("NVIDIA H20", None),
+    ],
+)
+def test_gpus_by_the_name_that_cuda_gives(cuda: str, name: str | None) -> None:
+    assert gpu_of(cuda) == (GPUS[name] if name else None)
 
 
 def test_vllm_takes_its_share(record: Any) -> None:

@@ -120,6 +120,10 @@ def test_what_does_not_fit_is_told_what_would(model: str, capsys: pytest.Capture
     assert main([*checkpointed, str(largest + 1000)]) == 1
     assert main([*argv, "--gpu-memory", "2"]) == 1
     assert "does not fit, nor with checkpointing" in capsys.readouterr().out
+    assert main([*argv, "--beta", "0.1", "--sync_ref_model", "true"]) == 1  # which excludes LoRA
+    text = capsys.readouterr().out
+    assert "with gradient_checkpointing=true:" in text
+    assert "use_peft" not in text
 
 
 def test_where_the_run_would_be(record: Any) -> None:

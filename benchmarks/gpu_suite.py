@@ -44,6 +44,8 @@ STAGES = (
     Stage("tests", "checks:tests", 150),
     Stage("update", "update:update", 330),
     Stage("rollout", "rollout:rollout", 240),
+    Stage("train", "algorithms:train", 90),
+    Stage("algorithms", "algorithms:algorithms", 150),
     Stage("attention", "attention:attention", 60),
     Stage("numerics", "head:numerics", 80),
     Stage("head", "head:head", 150),

@@ -33,11 +33,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.cases import OURS, Case
-from benchmarks.small_model import SMALL, make_ending, make_model
+from benchmarks.small_model import SMALL, make_ending, make_model, make_word_tokenizer
 from fastgrpo import GRPOConfig, GRPOTrainer
 
 Task = tuple[Any, Any, Dataset]
@@ -94,10 +93,7 @@ def long() -> Task:
         {"prompt": " ".join(str(rng.randrange(2, SMALL.vocabulary)) for _ in range(rng.randint(60, 140))), "answer": ""}
         for _ in range(512)
     ]
-    vocabulary = {"<pad>": 0, "<eos>": _END} | {str(i): i for i in range(2, SMALL.vocabulary)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = make_word_tokenizer(SMALL.vocabulary)
     model = make_model(SMALL, packed=False)
     make_ending(model, [tokenizer(row["prompt"]).input_ids for row in rows[:16]], end=_END, mean=_MEAN)
     return model, tokenizer, Dataset.from_list(rows)

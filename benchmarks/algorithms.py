@@ -80,8 +80,9 @@ def _train(folder: Path, model: Path, options: dict[str, Any]) -> None:
 def read_row(folder: Path, algorithm: str, seed: int) -> dict[str, Any]:
     """What a finished run of one step per rollout batch left behind.
 
-    `seconds` by stage; `skipped`, the mean share of tokens that the policy's steps left out; `reward` over the first and last tenth of the steps; `curve`: after each step the samples seen
-    and seconds spent so far, and the reward of the step's samples.
+    `seconds` by stage; `skipped`, the mean share of tokens that the policy's steps left out; `reward` over the first
+    and last tenth of the steps; `curve`: after each step the samples seen and seconds spent so far, and the reward of
+    the step's samples.
     """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "reward" in line]

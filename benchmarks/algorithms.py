@@ -80,8 +80,9 @@ def _train(folder: Path, model: Path, options: dict[str, Any]) -> None:
 def read_row(folder: Path, algorithm: str, seed: int) -> dict[str, Any]:
     """What a finished run of one step per rollout batch left behind.
 
-    `seconds` by stage; `reward` over the first and last tenth of the steps; `curve`: after each step the samples seen
-    and seconds spent so far, and the reward of the step's samples.
+    `seconds` by stage; `skipped`, the mean share of tokens that the policy's steps left out; `reward` over the first
+    and last tenth of the steps; `curve`: after each step the samples seen and seconds spent so far, and the reward of
+    the step's samples.
     """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "reward" in line]
@@ -98,6 +99,7 @@ def read_row(folder: Path, algorithm: str, seed: int) -> dict[str, Any]:
         "options": {name: config[name] for name in ("loss_type", "learning_rate", "kl_coef", "critic_learning_rate")},
         "samples": int(samples[-1]),
         "seconds": {stage: round(value, 2) for stage, value in seconds.items()} | {"all": round(float(spent[-1]), 2)},
+        "skipped": round(float(np.mean([line["perf/skipped_token_fraction"] for line in steps])), 3),
         "reward": [round(float(np.mean(part)), 4) for part in (rewards[:tenth], rewards[-tenth:])],
         "accuracy": [summary["accuracy_before"], summary["accuracy_after"]],
         "curve": {"samples": samples.tolist(), "seconds": np.round(spent, 3).tolist(), "reward": rewards},

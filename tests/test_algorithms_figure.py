@@ -23,6 +23,7 @@ def _run(folder: Path, steps: int, seconds: float, critic: float | None) -> Path
     lines: list[dict[str, float]] = [{"step": 0, "eval/accuracy": 0.25}]
     for step in range(1, steps + 1):
         line = {"step": step, "reward": step / steps, "perf/rollout_time": seconds, "perf/update_time": 2 * seconds}
+        line["perf/skipped_token_fraction"] = 0.25 if step <= steps / 2 else 0.75
         line["perf/step_time"] = 99.0  # with an evaluation in it
         lines.append(line if critic is None else line | {"perf/critic_time": critic})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -42,6 +43,7 @@ def test_a_row_is_what_the_run_wrote(tmp_path: Path) -> None:
     }
     assert row["reward"] == [0.075, 0.975]  # means of two steps
     assert row["accuracy"] == [0.25, 0.75]
+    assert row["skipped"] == 0.5
     assert row["curve"]["samples"][:2] == [12, 24]
     assert row["curve"]["seconds"][:2] == [1.75, 3.5]
     assert len(row["curve"]["reward"]) == 20

@@ -28,8 +28,8 @@ class Device:
         return self.capability > 0
 
 
-# By name: GB (1e9 bytes, a little less than there is), TFLOP/s, GB/s, compute capability, and what stands in the name
-# that CUDA gives.
+# By name: GB (1e9 bytes, a little less than there is), TFLOP/s, GB/s, compute capability, and words of the name that
+# CUDA gives.
 _KNOWN: dict[str, tuple[int, float, float, int, tuple[str, ...]]] = {
     "b200": (180, 2250, 8000, 10, ("B200",)),
     "h200": (141, 989, 4800, 9, ("H200",)),
@@ -53,4 +53,5 @@ GPUS: dict[str, Device] = {
 
 def gpu_of(cuda_name: str) -> Device | None:
     """The GPU that CUDA calls so, such as "NVIDIA H200"; None where it is not known."""
-    return next((GPUS[name] for name, known in _KNOWN.items() if all(mark in cuda_name for mark in known[-1])), None)
+    words = set(cuda_name.replace("-", " ").split())
+    return next((GPUS[name] for name, (*_, marks) in _KNOWN.items() if words.issuperset(marks)), None)

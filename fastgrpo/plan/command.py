@@ -61,7 +61,7 @@ def print_table(into: Path | None) -> int:
 
 def run(asked: argparse.Namespace, model: str, config: GRPOConfig) -> int:
     """Predict and print; the exit code."""
-    device, workload = pick_device(asked, config), _workload(asked, config)
+    device, workload = pick_device(asked.gpu, asked.gpu_memory, config), _workload(asked, config)
     from fastgrpo.plan.fitting import Planning
     from fastgrpo.policy.loading import load_skeleton
 
@@ -74,18 +74,18 @@ def run(asked: argparse.Namespace, model: str, config: GRPOConfig) -> int:
     return 0 if plan.fits else 1
 
 
-def pick_device(asked: argparse.Namespace, config: GRPOConfig) -> Device:
-    """What `--gpu` names, else where the run would be: the GPU that is here, or the CPU."""
-    if asked.gpu_memory is not None and not asked.gpu_memory > 0:
-        raise ConfigError(f"--gpu-memory={asked.gpu_memory:g} must be greater than 0")
-    name = asked.gpu.lower() if asked.gpu else None
+def pick_device(gpu: str | None, gigabytes: float | None, config: GRPOConfig) -> Device:
+    """What `--gpu` and `--gpu-memory` name, else where the run would be: the GPU that is here, or the CPU."""
+    if gigabytes is not None and not gigabytes > 0:
+        raise ConfigError(f"--gpu-memory={gigabytes:g} must be greater than 0")
+    name = gpu.lower() if gpu else None
     if name not in (None, "cpu", *GPUS):
         known = [*GPUS, "cpu"]
-        raise ConfigError(f"--gpu={asked.gpu} is not known{nearest(str(name), known)}; there are {', '.join(known)}")
+        raise ConfigError(f"--gpu={gpu} is not known{nearest(str(name), known)}; there are {', '.join(known)}")
     device = GPUS[name] if name in GPUS else _here(config) if name is None else _cpu()
-    if asked.gpu_memory is None:
+    if gigabytes is None:
         return device
-    memory = round(asked.gpu_memory * 1e9)
+    memory = round(gigabytes * 1e9)
     if name is None:  # some GPU: of no known rates, and without what only Hopper has
         return Device("a GPU", memory, capability=8)
     return Device(device.name, memory, device.flops, device.bandwidth, device.capability)
@@ -158,9 +158,10 @@ def _memory_table(plan: Plan) -> Any:
     def row(part: str, sizes: Iterable[int]) -> None:
         table.add_row(part, *(f"{size / unit:.3g}" if size >= unit else f"{size / unit:.2f}" for size in sizes))
 
-    table = Table(name, box=box.SIMPLE_HEAD, show_edge=False)
-    for phase in plan.phases:
-        table.add_column(phase, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column(name, no_wrap=True)
+    for phase in plan.phases:  # narrow: a name's words below one another, none cut
+        table.add_column(phase, justify="right", min_width=max(map(len, phase.split())))
     for part in next(iter(plan.phases.values())):
         sizes = [parts[part] for parts in plan.phases.values()]
         if any(sizes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastgrpo.config import GRPOConfig
+from fastgrpo.config import ConfigError, GRPOConfig
 from fastgrpo.gpus import Device
 from fastgrpo.plan.planner import plan_run
 from fastgrpo.plan.records import Plan, Workload
@@ -65,6 +65,10 @@ class Planning:
         for lora in (self.config.use_peft, True):
             for smaller in ({}, all_layers, one, all_layers | one):
                 made = changes(use_peft=lora) | smaller
-                if lora not in found and (plan := self.plan(**made)).fits:
+                try:
+                    plan = self.plan(**made)
+                except ConfigError:  # another option excludes it
+                    continue
+                if lora not in found and plan.fits:
                     found[lora] = made, plan
         return list(found.values())

@@ -44,8 +44,8 @@ def plan_run(
         config,
         device,
         workload,
-        reference=getattr(config, "needs_reference", config.beta > 0) if reference is None else reference,
-        critic=getattr(config, "has_critic", False) if critic is None else critic,
+        reference=config.needs_reference if reference is None else reference,
+        critic=config.has_critic if critic is None else critic,
     )
     phases = memory.phases()
     tokens, scored = memory.microbatch
@@ -94,7 +94,7 @@ class MemoryPlanner:
     @property
     def share_of_old(self) -> float:
         """Share of a batch whose old log-probs take a forward of their own: all for a KL penalty in the reward."""
-        return 1.0 if getattr(self.config, "kl_coef", 0.0) else 1 - 1 / self.config.num_minibatches
+        return 1.0 if self.config.kl_coef else 1 - 1 / self.config.num_minibatches
 
     @cached_property
     def microbatch(self) -> tuple[int, int]:
@@ -129,7 +129,9 @@ class MemoryPlanner:
     @property
     def notes(self) -> list[str]:
         """What is not in the prediction."""
-        return [note for note in (self._known[1], self.rollout.note) if note]
+        other = self.config.critic_model
+        critic = f"the critic is taken to be of the policy's size, whatever critic_model={other} is" if other else None
+        return [note for note in (self._known[1], self.rollout.note, critic) if note]
 
     # -------------------------------------------------------------------------------------------------- what stays
 
@@ -264,5 +266,6 @@ class MemoryPlanner:
             copied = e + _FLOAT * (self._masters and not self.device.is_gpu)
             beside = e * tokens * getattr(shape.config, "intermediate_size", 0)
             moments[1]["gradients"] = max(0, copied * shape.widest - beside)
-            moments.append({"activations": least, "head": waiting, "gradients": copied * shape.head + waiting})
+            embedding = max(waiting + e * shape.head, copied * shape.head)  # tied, it is added to what waits
+            moments.append({"activations": least, "gradients": embedding})
         return max(moments, key=lambda parts: sum(parts.values())) | {"batch": self._batch(self.config.num_minibatches)}

@@ -98,9 +98,9 @@ def slab_bytes(keys: KeyShape, rows: int, workload: Workload) -> int:
     members = [Row(group=groups[i // workload.group]) for i in range(rows)]
     for row in members:
         cache.add_row(row)
-    length = 0
-    while length < workload.longest:
-        step = min(SMALLEST, workload.longest - length)
+    length, last = 0, workload.longest - 1  # the newest token is not among the keys
+    while length < last:
+        step = min(SMALLEST, last - length)
         cache.completions.grow(members, step)
         length += step
     return cache.nbytes

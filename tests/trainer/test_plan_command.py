@@ -13,6 +13,8 @@ import torch
 import transformers
 
 from fastgrpo.cli import main
+from fastgrpo.gpus import GPUS, gpu_of
+from fastgrpo.plan.records import PARTS
 from fastgrpo.plan.shapes import describe_shape
 from fastgrpo.plan.table import BEGIN, CARDS, END, MODELS, make_table, write_table
 from fastgrpo.policy.loading import skeleton_of
@@ -75,6 +77,30 @@ def test_options_move_the_parts_they_are_about(record: Any) -> None:
     assert base["phases"]["optimizer step"]["weights"] == cut["phases"]["optimizer step"]["weights"]
 
 
+def test_no_word_of_the_table_is_cut(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "--model", model, "--gpu", "h200", "--algorithm", "ppo", "--num_minibatches", "2"])
+    text = capsys.readouterr().out
+    assert "\u2026" not in text  # an ellipsis
+    assert all(part in text for part in PARTS)
+
+
+def test_ppo_beside_grpo(record: Any) -> None:
+    """A critic of the policy's size doubles what lasts but for its value head; GRPO's KL term shares the reference."""
+    same = ["--gpu", "h200", "--gradient_checkpointing", "true"]
+    grpo, _ = record(*same, "--beta", "0.05")
+    ppo, _ = record(*same, "--algorithm", "ppo")
+    assert {"values", "critic update", "old log-probs"} == set(ppo["phases"]) - set(grpo["phases"])
+    lasting = [sum(sum(model.values()) for model in plan["models"].values()) for plan in (grpo, ppo)]
+    assert grpo["models"]["policy"] == ppo["models"]["policy"]
+    assert grpo["models"]["reference"] == ppo["models"]["reference"]
+    assert 0.52 < lasting[0] / lasting[1] < 0.55
+    own = sum(ppo["models"]["policy"].values())
+    assert own / (own + sum(ppo["models"]["critic"].values())) == pytest.approx(0.5, abs=1e-4)
+    assert sum(grpo["seconds"].values()) < sum(ppo["seconds"].values())
+    elsewhere, _ = record(*same, "--algorithm", "ppo", "--critic_model", "some/where")
+    assert "critic_model=some/where" in elsewhere["notes"][-1]
+
+
 def test_what_does_not_fit_is_told_what_would(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     many = ["--max_completion_length", "1024", "--num_prompts_per_step", "64"]
     argv = ["plan", "--model", model, "--gpu", "4090", *many]
@@ -94,6 +120,10 @@ def test_what_does_not_fit_is_told_what_would(model: str, capsys: pytest.Capture
     assert main([*checkpointed, str(largest + 1000)]) == 1
     assert main([*argv, "--gpu-memory", "2"]) == 1
     assert "does not fit, nor with checkpointing" in capsys.readouterr().out
+    assert main([*argv, "--beta", "0.1", "--sync_ref_model", "true"]) == 1  # which excludes LoRA
+    text = capsys.readouterr().out
+    assert "with gradient_checkpointing=true:" in text
+    assert "use_peft" not in text
 
 
 def test_where_the_run_would_be(record: Any) -> None:
@@ -105,6 +135,24 @@ def test_where_the_run_would_be(record: Any) -> None:
     assert some["device"]["memory"] == 500_000_000_000
     assert some["device"]["flops"] is None
     assert some["inputs"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L40", None),  # neither an L4 nor an L40S
+        ("NVIDIA H20", None),
+    ],
+)
+def test_gpus_by_the_name_that_cuda_gives(cuda: str, name: str | None) -> None:
+    assert gpu_of(cuda) == (GPUS[name] if name else None)
 
 
 def test_vllm_takes_its_share(record: Any) -> None:

@@ -26,6 +26,7 @@ from typing import Literal, cast
 
 import torch
 
+from ..gradients import PART
 from ..vocabulary import BLOCK_ELEMENTS
 
 HOST_LOGITS = 64 << 20
@@ -167,7 +168,10 @@ def head_bytes(problem: HeadProblem, plan: HeadPlan) -> int:
         copies = (chunk * (1 + problem.differentiable) + min(VOCAB_TILE, vocab_size)) * hidden_size
         scratch = 2 * min(BLOCK_ELEMENTS, chunk * vocab_size)  # of the passes over logits, which no copies outlive
         buffers = (chunk * vocab_size + max(copies, scratch)) * wide
-    return max(buffers + wide * gradients, (wide + problem.dtype.itemsize) * gradients)
+    handed_out = (wide + problem.dtype.itemsize) * gradients
+    if not problem.on_device and problem.dtype.itemsize < wide:
+        handed_out += wide * min(PART, gradients)
+    return max(buffers + wide * gradients, handed_out)
 
 
 def _method(problem: HeadProblem, asked: str) -> tuple[Method, str]:

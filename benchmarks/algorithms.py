@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from jinja2 import Environment, StrictUndefined
 
@@ -49,17 +50,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         _train(folder, model, {"algorithm": algorithm, "seed": seed, "max_steps": options.steps})
         rows.append(read_row(folder, algorithm, seed))
         print(json.dumps({k: v for k, v in rows[-1].items() if k != "curve"}), flush=True)
-    header = json.dumps(results._header("time.perf_counter"), indent=2).removesuffix("\n}")
-    lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
-    (options.out / "algorithms.json").write_text(f'{header},\n  "results": [\n{lines}\n  ]\n}}\n')
+    write(options.out, rows)
     (options.out / "algorithms.svg").write_text(figure(rows), encoding="utf-8")
+
+
+def write(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A results file, a line for each row."""
+    header = json.dumps(results.header(torch.device("cpu"), "time.perf_counter", None), indent=2).removesuffix("\n}")
+    lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
+    (folder / "algorithms.json").write_text(f'{header},\n  "results": [\n{lines}\n  ]\n}}\n')
 
 
 def _warm_model(folder: Path) -> Path:
     """The demo's model as the demo warms it up, with its tokenizer."""
     if not (folder / "tokenizer_config.json").exists():
-        import torch
-
         sys.path.insert(0, str(_EXAMPLES))
         import arithmetic
 
@@ -78,10 +82,11 @@ def _train(folder: Path, model: Path, options: dict[str, Any]) -> None:
 
 
 def read_row(folder: Path, algorithm: str, seed: int) -> dict[str, Any]:
-    """What a finished run of one step per rollout batch left behind.
+    """What a finished run of one step per rollout batch left behind, as a row of results; `ms` is a step's.
 
-    `seconds` by stage; `reward` over the first and last tenth of the steps; `curve`: after each step the samples seen
-    and seconds spent so far, and the reward of the step's samples.
+    Beside it `seconds` by stage; `skipped`, the mean share of tokens that the policy's steps left out; `reward` over
+    the first and last tenth of the steps; `curve`: after each step the samples seen and seconds spent so far, and the
+    reward of the step's samples.
     """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "reward" in line]
@@ -92,12 +97,19 @@ def read_row(folder: Path, algorithm: str, seed: int) -> dict[str, Any]:
     samples = config["num_prompts_per_step"] * config["num_generations"] * np.arange(1, len(steps) + 1)
     rewards = [line["reward"] for line in steps]
     tenth = max(1, len(steps) // 10)
+    times = np.percentile(np.diff(spent, prepend=0.0), [50, 20, 80])
     return {
-        "algorithm": algorithm,
-        "seed": seed,
+        "case": f"algorithms-{algorithm}-{seed}",
+        "op": "algorithms",
+        "peer": algorithm,
+        "params": {"model": "demo-0.33m", "steps": len(steps), "seed": seed},
+        "ms": {name: round(1e3 * float(t), 1) for name, t in zip(("median", "p20", "p80"), times, strict=True)},
+        "peak_bytes": None,
+        "correct": summary["accuracy_after"] > summary["accuracy_before"],  # it has learnt
         "options": {name: config[name] for name in ("loss_type", "learning_rate", "kl_coef", "critic_learning_rate")},
         "samples": int(samples[-1]),
         "seconds": {stage: round(value, 2) for stage, value in seconds.items()} | {"all": round(float(spent[-1]), 2)},
+        "skipped": round(float(np.mean([line["perf/skipped_token_fraction"] for line in steps])), 3),
         "reward": [round(float(np.mean(part)), 4) for part in (rewards[:tenth], rewards[-tenth:])],
         "accuracy": [summary["accuracy_before"], summary["accuracy_after"]],
         "curve": {"samples": samples.tolist(), "seconds": np.round(spent, 3).tolist(), "reward": rewards},
@@ -107,8 +119,8 @@ def read_row(folder: Path, algorithm: str, seed: int) -> dict[str, Any]:
 def figure(rows: Sequence[dict[str, Any]]) -> str:
     """An SVG of two panels, reward against samples and against seconds, a curve for each algorithm."""
     curves: dict[str, dict[str, np.ndarray]] = {}
-    for algorithm in dict.fromkeys(row["algorithm"] for row in rows):
-        own = [row["curve"] for row in rows if row["algorithm"] == algorithm]
+    for algorithm in dict.fromkeys(row["peer"] for row in rows):
+        own = [row["curve"] for row in rows if row["peer"] == algorithm]
         shortest = min(len(curve["reward"]) for curve in own)
         seeds = {axis: np.array([curve[axis][:shortest] for curve in own]) for axis in own[0]}
         curves[algorithm] = {axis: np.mean(values, axis=0) for axis, values in seeds.items()}

@@ -44,6 +44,8 @@ STAGES = (
     Stage("tests", "checks:tests", 150),
     Stage("update", "update:update", 330),
     Stage("rollout", "rollout:rollout", 240),
+    Stage("train", "algorithms:train", 90),
+    Stage("algorithms", "algorithms:algorithms", 150),
     Stage("attention", "attention:attention", 60),
     Stage("numerics", "head:numerics", 80),
     Stage("head", "head:head", 150),
@@ -97,7 +99,7 @@ def suite(args: argparse.Namespace) -> dict[str, Any]:
     """Run the chosen stages within the budget; the results file's content."""
     from benchmarks.gpu.bench import write_json
     from benchmarks.gpu.checks import versions
-    from benchmarks.results import _commit
+    from benchmarks.results import _commit, common
 
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -120,7 +122,7 @@ def suite(args: argparse.Namespace) -> dict[str, Any]:
             found["results"] += rows
             if stage.name == "environment" and rows:
                 found["device"] = rows[0]["params"].get("gpu", args.device)
-            write_json(args.out / "results.json", found)
+            write_json(args.out / "results.json", {**found, "results": [common(row) for row in found["results"]]})
             print(f"{stage.name}: {fault or 'done'}, {len(rows)} rows", flush=True)
     return found
 

@@ -1,4 +1,4 @@
-"""The command `fastgrpo`: train, eval, report, plan, doctor.
+"""The command `fastgrpo`: train, eval, plan, bench, report, doctor.
 
 Options are read and checked before torch is imported. Every expected error is one line on stderr and exit code 2;
 `FASTGRPO_TRACEBACK=1` shows where it came from. A run stopped by a signal, its state saved, exits with 128 + signal.
@@ -26,6 +26,7 @@ _USAGE = """usage: fastgrpo COMMAND ...
   fastgrpo eval CONFIG.yaml [--option value ...]    sample and score the evaluation prompts, print the figures
   fastgrpo report RUN_DIR                           (re)make RUN_DIR/report.html
   fastgrpo plan CONFIG.yaml [--gpu NAME ...]        predict its memory by part and its seconds by stage
+  fastgrpo bench [--suite SUITE] [--peer PEER]      time, memory and correctness beside other packages'
   fastgrpo doctor                                   what this machine offers, and what is missing
 
 fastgrpo COMMAND --help tells more; train --help lists every option."""
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         "eval": _eval,
         "report": _report,
         "plan": _plan,
+        "bench": _bench,
         "doctor": _doctor,
     }
     if argv[0] not in commands:
@@ -119,6 +121,17 @@ def _plan(argv: list[str]) -> int:
         raise ConfigError("model is required: set it in the config file or with --model")
     config = GRPOConfig(**{f.name: options[f.name] for f in fields(GRPOConfig)})
     return run(asked, options["model"], config)
+
+
+def _bench(argv: list[str]) -> int:
+    """The benchmarks are no part of the installed package: they are found beside it, in a clone."""
+    import importlib
+
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "__main__.py").exists():
+        raise ConfigError("bench runs from a clone of the repository, installed with pip install -e '.[bench]'")
+    sys.path.insert(0, str(root))
+    return int(importlib.import_module("benchmarks.__main__").main(argv))
 
 
 def _doctor(argv: list[str]) -> int:

@@ -23,6 +23,7 @@ def _run(folder: Path, steps: int, seconds: float, critic: float | None) -> Path
     lines: list[dict[str, float]] = [{"step": 0, "eval/accuracy": 0.25}]
     for step in range(1, steps + 1):
         line = {"step": step, "reward": step / steps, "perf/rollout_time": seconds, "perf/update_time": 2 * seconds}
+        line["perf/skipped_token_fraction"] = 0.25 if step <= steps / 2 else 0.75
         line["perf/step_time"] = 99.0  # with an evaluation in it
         lines.append(line if critic is None else line | {"perf/critic_time": critic})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -31,7 +32,8 @@ def _run(folder: Path, steps: int, seconds: float, critic: float | None) -> Path
 
 def test_a_row_is_what_the_run_wrote(tmp_path: Path) -> None:
     row = read_row(_run(tmp_path / "ppo", 20, 0.5, 0.25), "ppo", 7)
-    assert (row["algorithm"], row["seed"], row["samples"]) == ("ppo", 7, 20 * 12)
+    assert (row["peer"], row["params"]["seed"], row["samples"]) == ("ppo", 7, 20 * 12)
+    assert row["ms"]["median"] == 1750.0
     assert row["seconds"] == {
         "rollout": 10.0,
         "reward": 0.0,
@@ -42,6 +44,7 @@ def test_a_row_is_what_the_run_wrote(tmp_path: Path) -> None:
     }
     assert row["reward"] == [0.075, 0.975]  # means of two steps
     assert row["accuracy"] == [0.25, 0.75]
+    assert row["skipped"] == 0.5
     assert row["curve"]["samples"][:2] == [12, 24]
     assert row["curve"]["seconds"][:2] == [1.75, 3.5]
     assert len(row["curve"]["reward"]) == 20
@@ -59,7 +62,7 @@ def test_the_command_trains_reads_and_draws(tmp_path: Path, monkeypatch: pytest.
     algorithms.main(["--out", str(tmp_path), "--seeds", "0", "1", "--only", "grpo", "ppo", "--steps", "10"])
     assert trained == [("grpo", 0, 10), ("ppo", 0, 10), ("grpo", 1, 10), ("ppo", 1, 10)]
     written = json.loads((tmp_path / "algorithms.json").read_text())
-    assert [(row["algorithm"], row["seed"]) for row in written["results"]] == [t[:2] for t in trained]
+    assert [(row["peer"], row["params"]["seed"]) for row in written["results"]] == [t[:2] for t in trained]
     assert {"commit", "date", "device", "versions"} <= written.keys()
     assert "against seconds" in (tmp_path / "algorithms.svg").read_text()
 

@@ -67,6 +67,7 @@ def test_suite_runs_stages_in_processes(tmp_path: Path, capsys: pytest.CaptureFi
     found = json.loads((tmp_path / "results.json").read_text())
     assert [row["stage"] for row in found["results"]] == ["environment", *["limits"] * 4]
     assert found["versions"]["torch"] == torch.__version__
+    assert found["results"][1]["ms"]["p20"] <= found["results"][1]["ms"]["median"]
     assert "gemm_rate" in capsys.readouterr().out
 
 

@@ -11,7 +11,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from benchmarks.gpu.bench import Bench, Row
 from benchmarks.gpu.limits import measured
 from benchmarks.gpu.update_cases import dtype_of, make_model, shapes
-from benchmarks.small_model import Shape, make_ending, make_tokenizer
+from benchmarks.small_model import Shape, make_ending, make_word_tokenizer
 from fastgrpo.config import GRPOConfig
 from fastgrpo.packing import pack
 from fastgrpo.policy import Policy, load_policy
@@ -74,8 +74,7 @@ def make_policy(bench: Bench, shape: Shape, job: Job) -> Policy:
     model = make_model(shape, bench.device, dtype_of(bench))
     make_ending(model, [p.token_ids for p in job.make(shape.vocabulary)[:4]], end=_END, mean=job.mean)
     config = GRPOConfig(device="cuda:0" if bench.device.type == "cuda" else "cpu")
-    tokenizer = make_tokenizer(replace(shape, vocabulary=shape.vocabulary - 1), eos_token=str(_END), pad_token="0")
-    return load_policy(model, tokenizer, config)
+    return load_policy(model, make_word_tokenizer(shape.vocabulary), config)
 
 
 def _engines(bench: Bench, shape: Shape, job: Job, required: float) -> None:

@@ -65,7 +65,7 @@ def processes(request: pytest.FixtureRequest) -> BaseContext | None:
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest, processes: BaseContext | None) -> Callable[[Case], None]:
     """Run one case. A result of ours that is not right fails here, before anything is timed; a peer's is a row."""
-    config, stash = request.config, request.config.stash
+    stash = request.config.stash
     rows = stash[_ROWS]
 
     def weigh(case: Case) -> int | None:
@@ -84,8 +84,7 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, processes: BaseConte
     def rates() -> Rates:
         """Of this run, by the clock that times the cases."""
         if _RATES not in stash:
-            on_gpu = DEVICE.type == "cuda"
-            stash[_RATES] = measure_rates(DEVICE, _clock if on_gpu else config.getoption("benchmark_timer").target)
+            stash[_RATES] = measure_rates(DEVICE, benchmark._timer)
         return stash[_RATES]
 
     def run(case: Case) -> None:

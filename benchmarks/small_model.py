@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import exp, log
+from math import exp, inf, log
 from statistics import NormalDist
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -68,6 +68,37 @@ def make_tokenizer(shape: Shape = SMALL, **special: str) -> Any:
     words = {str(i): i for i in range(shape.vocabulary)} | {"<eos>": shape.vocabulary}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="0"))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"eos_token": "<eos>"} | special)
+
+
+@torch.no_grad()
+def make_ending(model: Any, prompts: Sequence[list[int]], *, end: int, mean: float) -> None:
+    """Let completions end after each token with probability 1 / mean, by the weights alone, which every engine knows.
+
+    The first component of the states becomes a constant that no layer writes to, hence of every logit too; the end
+    token's embedding, which is the head's row too, has nothing but that component, as large as it takes on the
+    prompts' tokens.
+    """
+    embedding = model.get_input_embeddings().weight
+    embedding[:, 0] = 1.0
+    embedding[end] = 0.0
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = 0.0
+        layer.mlp.down_proj.weight[0] = 0.0
+    hidden = torch.cat(
+        [model.model(input_ids=torch.tensor([ids], device=model.device)).last_hidden_state[0] for ids in prompts]
+    )
+    logits = (hidden @ embedding.T).float()
+    logits[:, end] = -inf
+    wanted = logits.logsumexp(1).mean() - log(mean - 1)
+    embedding[end, 0] = wanted / hidden[:, 0].float().mean()
+
+
+def make_word_tokenizer(size: int) -> Any:
+    """`size` words, the number of each its id, apart by spaces; but 0 pads, 1 ends a sequence, and have other names."""
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {str(i): i for i in range(2, size)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
 
 def lognormal_lengths(count: int, median: float, sigma: float, longest: int | None = None) -> list[int]:

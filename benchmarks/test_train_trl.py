@@ -31,11 +31,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.cases import OURS, Case
-from benchmarks.small_model import SMALL, make_model
+from benchmarks.small_model import SMALL, make_ending, make_model, make_word_tokenizer
 from fastgrpo import GRPOConfig, GRPOTrainer
 
 Task = tuple[Any, Any, Dataset]
@@ -92,33 +91,10 @@ def long() -> Task:
         {"prompt": " ".join(str(rng.randrange(2, SMALL.vocabulary)) for _ in range(rng.randint(60, 140))), "answer": ""}
         for _ in range(512)
     ]
-    vocabulary = {"<pad>": 0, "<eos>": _END} | {str(i): i for i in range(2, SMALL.vocabulary)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = make_word_tokenizer(SMALL.vocabulary)
     model = make_model(SMALL, packed=False)
-    _make_ending(model, [tokenizer(row["prompt"]).input_ids for row in rows[:16]])
+    make_ending(model, [tokenizer(row["prompt"]).input_ids for row in rows[:16]], end=_END, mean=_MEAN)
     return model, tokenizer, Dataset.from_list(rows)
-
-
-@torch.no_grad()
-def _make_ending(model: Any, prompts: Sequence[list[int]]) -> None:
-    """Give the end token its probability by the weights alone, which every engine knows.
-
-    The first component of the states becomes a constant that no layer writes to, hence of every logit too; the end
-    token's embedding has nothing but that component, as large as it takes on the prompts' tokens.
-    """
-    embedding = model.get_input_embeddings().weight
-    embedding[:, 0] = 1.0
-    embedding[_END] = 0.0
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight[0] = 0.0
-        layer.mlp.down_proj.weight[0] = 0.0
-    hidden = torch.cat([model.model(input_ids=torch.tensor([ids])).last_hidden_state[0] for ids in prompts])
-    logits = hidden @ embedding.T
-    logits[:, _END] = -math.inf
-    wanted = logits.logsumexp(1).mean() - math.log(_MEAN - 1)
-    embedding[_END, 0] = wanted / hidden[:, 0].mean()
 
 
 def _exact(completion: str, token_ids: list[int], answer: str) -> float:

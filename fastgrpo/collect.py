@@ -96,6 +96,7 @@ class Collector:
             temperature=config.temperature,
             seed=derive_seed(config.seed, "rollout", batch, attempt),
             stop_token_ids=tuple(config.stop_token_ids),
+            stop_strings=tuple(config.stop_strings),
             top_k=config.top_k,
             top_p=config.top_p,
             min_p=config.min_p,

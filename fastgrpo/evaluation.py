@@ -26,6 +26,7 @@ def evaluate(
         temperature=config.eval_temperature or config.temperature,
         seed=derive_seed(config.seed, "eval"),
         stop_token_ids=tuple(config.stop_token_ids),
+        stop_strings=tuple(config.stop_strings),
     )
     rollouts = engine.generate(prompts, config.eval_num_generations, sampling)
     rewards.score(rollouts, trainer_state=trainer_state, all_may_fail=True)

@@ -4,8 +4,7 @@ Requests are scheduled token by token and a group's prompt is prefilled once, th
 group has room beside what is being decoded, so that the cache has a fixed size whatever the number of prompts. With
 flash attention on a GPU the batches run as CUDA graphs, prepared while the one before computes; cache and graphs are
 kept between two calls. Without flash attention a step costs rows x rows: `sdpa` there masks every row's keys for every
-row, which is right but slow, and the loop engine is faster.
-Not done here: several GPUs for one model, a cache on the host.
+row, which is right but slow. Not done here: several GPUs for one model, a cache on the host, stopping at strings.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import torch
 from fastgrpo.errors import RunError
 from fastgrpo.records import Prompt, Rollout, Sampling
 from fastgrpo.rollout.loop import end_tokens_of
+from fastgrpo.rollout.stopping import Stopping
 
 # Tokens of a page: what flash attention's block tables ask for; and small ones where nothing asks, to waste less.
 _FLASH_PAGE, _PAGE = 256, 32
@@ -87,8 +87,7 @@ class TransformersEngine:
             reason = self._why_not()
             self._options = dict(options or {})
         if reason is not None:
-            name = type(self._causal_lm).__name__
-            raise ValueError(f"rollout_engine 'transformers' cannot run {name}: {reason}")
+            raise ValueError(f"rollout_engine 'transformers' cannot run {type(self._causal_lm).__name__}: {reason}")
 
     def generate(
         self, prompts: list[Prompt], n: int, sampling: Sampling, done: Callable[[list[Rollout]], None] | None = None
@@ -98,11 +97,11 @@ class TransformersEngine:
             raise RunError("transformers' generation thread still hangs in an earlier rollout: start the run again")
         if not prompts:
             return []
-        ends = sorted(self.end_tokens | set(sampling.stop_token_ids))
+        stopping = Stopping(self.tokenizer, self.end_tokens | set(sampling.stop_token_ids), sampling.stop_strings)
         groups: dict[int, list[Rollout]] = {}
 
         def ended(i: int, outputs: list[Any]) -> None:
-            groups[i] = self._rollouts(prompts[i], i, outputs, sampling, ends)
+            groups[i] = self._rollouts(prompts[i], i, outputs, sampling, stopping)
             if done is not None:
                 done(groups[i])
 
@@ -112,7 +111,7 @@ class TransformersEngine:
             session = self._open(plan)
             torch.manual_seed(sampling.seed)  # now, since captured graphs and caches know no seed
             try:
-                requests = _Requests([p.token_ids for p in prompts], n, plan.rows, sampling.max_tokens, ends)
+                requests = _Requests([p.token_ids for p in prompts], n, plan.rows, sampling.max_tokens, stopping.tokens)
                 session.run(requests, self.timeout, ended)
             except BaseException:
                 self._session = None
@@ -214,16 +213,17 @@ class TransformersEngine:
                 self.model.train(was_training)
 
     def _rollouts(
-        self, prompt: Prompt, group: int, outputs: list[Any], sampling: Sampling, ends: list[int]
+        self, prompt: Prompt, group: int, outputs: list[Any], sampling: Sampling, stopping: Stopping
     ) -> list[Rollout]:
-        texts = self.tokenizer.batch_decode([o.generated_tokens for o in outputs], skip_special_tokens=True)
-        rollouts = []
-        for output, text in zip(outputs, texts, strict=True):
-            ids, logprob = output.generated_tokens, torch.tensor(output.logprobs, dtype=torch.float32)
-            if sampling.temperature == 0:
-                logprob.zero_()  # the likeliest token was certain
-            rollouts.append(Rollout(prompt, group, ids, logprob, finished=ids[-1] in ends, text=text))
-        return rollouts
+        ends = [stopping.end_of(o.generated_tokens) for o in outputs]  # behind a stop string sampling went on
+        tokens = [o.generated_tokens[:end] for o, end in zip(outputs, ends, strict=True)]
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        # The likeliest token is certain where nothing else can be drawn.
+        logprobs = [torch.tensor(o.logprobs, dtype=torch.float32) * (sampling.temperature > 0) for o in outputs]
+        return [
+            Rollout(prompt, group, ids, logprob[: len(ids)], finished=end is not None, text=text)
+            for ids, logprob, end, text in zip(tokens, logprobs, ends, texts, strict=True)
+        ]
 
 
 def best_attention(causal_lm: Any) -> str:
@@ -261,7 +261,7 @@ class _Requests:
     n: int
     rows: int
     max_tokens: int
-    ends: list[int]
+    ends: set[int]
 
     def names(self, i: int) -> list[str]:
         """The requests of prompt i: the prompt's own and its forks, by transformers' naming."""
@@ -372,7 +372,7 @@ def _make_feed(manager: Any) -> Any:
                 i = self.waiting.popleft()
                 self.live += requests.n
                 manager.num_return_sequences = requests.n if requests.forks(i) else 1
-                options = {"max_new_tokens": requests.max_tokens, "eos_token_id": requests.ends}
+                options = {"max_new_tokens": requests.max_tokens, "eos_token_id": sorted(requests.ends)}
                 for name in requests.names(i)[:: manager.num_return_sequences]:
                     manager.add_request(requests.prompts[i], request_id=name, **options)
 

@@ -3,6 +3,7 @@
 Every op takes packed tensors: N completion tokens without padding, S sequences bounded by `cu_seqlens`.
 """
 
+from .decode_attention.op import decode_attention
 from .gae.op import gae
 from .group_advantages.op import GroupRewards, group_advantages
 from .grpo_loss.config import LossConfig
@@ -26,6 +27,7 @@ __all__ = [
     "LossOutput",
     "PackedLayout",
     "attention_backends",
+    "decode_attention",
     "gae",
     "group_advantages",
     "grpo_loss",

@@ -12,6 +12,7 @@ import transformers as tf
 from fastgrpo.policy.attention import register
 from fastgrpo.records import Prompt, Rollout, Sampling
 from fastgrpo.rollout.loop import LoopEngine
+from fastgrpo.rollout.loop import engine as loop_engine
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 90,
@@ -78,12 +79,16 @@ _DECODED: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("slots", [False, True])
 @pytest.mark.parametrize("name", _DECODED)
-def test_exact_over_its_own_cache(name: str, tiny_tokenizer: Any) -> None:
+def test_exact_over_its_own_cache(name: str, slots: bool, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also beyond the windows, and where a prompt lies outside the window of some of its readers."""
+    if slots:
+        monkeypatch.setattr(loop_engine, "why_not_slots", lambda shape: None)
     model = _model(_DECODED[name])
     engine, rollouts = _generate(model, tiny_tokenizer, Sampling(24, 0.9, seed=1, stop_token_ids=(11, 12, 13)))
     assert engine.reason is None
+    assert slots == (engine.unslotted is None)
     assert len({r.num_tokens for r in rollouts}) > 3
     assert _error(model, rollouts, 0.9) < 1e-5
 

@@ -389,7 +389,7 @@ def test_log_probs_that_do_not_agree_are_refused(tiny_model_dir: Path, monkeypat
     sdpa: Any = AttentionInterface()["sdpa"]
 
     def wrong(*args: Any, scaling: float, **kwargs: Any) -> Any:
-        return sdpa(*args, scaling=scaling * (2.0 if "cache" in kwargs else 1.0), **kwargs)
+        return sdpa(*args, scaling=2 * scaling, **kwargs)  # the full forward's attention is this project's
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", wrong)
     with pytest.raises(ValueError, match=r"its log-probs over paged sdpa are .* off those of a full forward"):

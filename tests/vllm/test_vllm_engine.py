@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -180,6 +181,21 @@ def test_the_end_of_a_completion(engine: VLLMEngine, policy: Any) -> None:
     assert not all(r.finished for r in rollouts)
     last = engine.generate(prompts, 4, Sampling(max_tokens=1, stop_token_ids=tuple(range(105))))
     assert all(r.finished and r.num_tokens == 1 for r in last)  # the limit and an end at once: it ended by itself
+
+
+def test_a_string_ends_a_completion(engine: VLLMEngine, policy: Any) -> None:
+    prompts, sampling = make_prompts(5, 6), Sampling(max_tokens=40, seed=5)
+    free = engine.generate(prompts, 16, sampling)
+    string = next(r.text[4:6] for r in free if len(r.text) > 6)
+    rollouts = engine.generate(prompts, 16, replace(sampling, stop_strings=(string, "never so")))
+    for r, long in zip(rollouts, free, strict=True):
+        assert r.token_ids == long.token_ids[: r.num_tokens]
+        assert r.text == policy.tokenizer.decode(r.token_ids, skip_special_tokens=True)
+        assert string not in policy.tokenizer.decode(r.token_ids[:-1], skip_special_tokens=True)
+        assert r.finished == (string in r.text or r.token_ids[-1] == EOS)
+        assert r.sampling_logprob.shape == (r.num_tokens,)
+    assert any(string in r.text for r in rollouts)
+    assert logprob_error(policy.model, rollouts, 1.0) <= 1e-5
 
 
 def test_a_seed_repeats_and_leaves_the_process_alone(engine: VLLMEngine, policy: Any) -> None:

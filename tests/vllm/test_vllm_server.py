@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,21 @@ def test_the_end_of_a_completion(engine: VLLMServerEngine, policy: Any) -> None:
         assert r.text == policy.tokenizer.decode(r.token_ids, skip_special_tokens=True)
     assert {r.token_ids[-1] for r in rollouts} >= ends
     assert not all(r.finished for r in rollouts)
+
+
+def test_a_string_ends_a_completion(engine: VLLMServerEngine, policy: Any) -> None:
+    prompts, sampling = make_prompts(5, 6), Sampling(max_tokens=40, seed=5)
+    free = engine.generate(prompts, 16, sampling)
+    string = next(r.text[4:6] for r in free if len(r.text) > 6)
+    rollouts = engine.generate(prompts, 16, replace(sampling, stop_strings=(string, "never so")))
+    for r, long in zip(rollouts, free, strict=True):
+        assert r.token_ids == long.token_ids[: r.num_tokens]
+        assert r.text == policy.tokenizer.decode(r.token_ids, skip_special_tokens=True)
+        assert string not in policy.tokenizer.decode(r.token_ids[:-1], skip_special_tokens=True)
+        assert r.finished == (string in r.text or r.token_ids[-1] == EOS)
+        assert r.sampling_logprob.shape == (r.num_tokens,)
+    assert any(string in r.text for r in rollouts)
+    assert logprob_error(policy.model, rollouts, 1.0) <= 1e-5
 
 
 def test_a_sync_is_exact_and_leaves_no_stale_prefix(engine: VLLMServerEngine, policy: Any) -> None:

@@ -1,122 +1,257 @@
 """Decoding on a GPU: several tokens per row between two looks of the host, each step one replay of a CUDA graph.
 
-Graphs are captured per number of rows, powers of two, and live as long as one `generate`: whatever happens to weights
-or pages between two of them, no graph is stale. A model that cannot be captured runs the same steps without.
+What a step reads and writes is in tensors that stay: the rows' state, their random numbers, keys and values. Graphs are
+captured per number of rows, when one is first needed, and live on with all of that in a `Session`, from one `generate`
+to the next, as long as it fits. A model that cannot be captured runs the same steps without.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastgrpo.records import Sampling
 from fastgrpo.rollout.loop.cache import Group, Row
-from fastgrpo.rollout.loop.decoder import Decoder, Ended
-from fastgrpo.rollout.loop.paged import PAGE, PagedCache, PagedStep
+from fastgrpo.rollout.loop.decoder import Decoder, Ended, logits_of
 from fastgrpo.rollout.loop.sampling import sample
+from fastgrpo.rollout.loop.slabs import KeyShape
+from fastgrpo.rollout.loop.slots import BURST, SlotCache, SlotStep, free_bytes, groups_at_once, rows_within, slot_bytes
+from fastgrpo.rollout.stopping import Stopping
 
-# Tokens of every row between two looks at which rows have ended. Half of them are wasted on a row that ends.
-BURST = 8
+# A row's state: its newest token, its prompt's place and length, its own place and how many of its tokens are kept, and
+# its slot, where its random numbers are.
+_TOKEN, _WHERE, _LENGTH, _SLOT, _STATE = 0, slice(1, 5), 4, 5, 6
+
+# Room for prompts comes in steps: the next batch's longest one is rarely as long as this one's.
+_STEP = 128
+# Prompt tokens of one step in half precision.
+_PREFILL_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one `generate` wants: all that its steps depend on, whatever session serves it.
+
+    rows: completions at once; groups: prompts kept at once. addresses: of the weights, which captured steps read.
+    """
+
+    rows: int
+    groups: int
+    longest_prompt: int
+    max_tokens: int
+    drawing: tuple[float, int, float, float]
+    addresses: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: Any, rows: int, n: int, longest_prompt: int, sampling: Sampling) -> Plan:
+        """For `rows` completions at once, `n` of a prompt."""
+        return cls(
+            rows,
+            groups_at_once(rows, n),
+            room_for(longest_prompt),
+            sampling.max_tokens,
+            (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p),
+            tuple(parameter.data_ptr() for parameter in model.parameters()),
+        )
+
+    @property
+    def longest(self) -> int:
+        """`SlotStep.longest`, coarsely: few captured steps do for all lengths."""
+        return 1 << (self.longest_prompt + self.max_tokens + BURST - 1).bit_length()
+
+    def serves(self, other: Plan) -> bool:
+        """Has it room for the other, whose tokens are drawn alike, from the same weights?"""
+        alike = (self.drawing, self.addresses) == (other.drawing, other.addresses)
+        sizes = [(p.rows, p.groups, p.longest_prompt, p.max_tokens) for p in (self, other)]
+        return alike and all(mine >= theirs for mine, theirs in zip(*sizes, strict=True))
+
+    def grown(self, other: Plan) -> Plan:
+        """The other, with this one's room where that is more: lengths creep up, and each time graphs are lost."""
+        return replace(
+            other,
+            rows=max(self.rows, other.rows),
+            groups=max(self.groups, other.groups),
+            longest_prompt=max(self.longest_prompt, other.longest_prompt),
+            max_tokens=max(self.max_tokens, other.max_tokens),
+        )
+
+    def within(self, free: int | None, shape: KeyShape, n: int) -> Plan:
+        """This one, or with fewer rows, `n` of a prompt, if `free` bytes (None = enough) do not hold it."""
+        if free is None or slot_bytes(shape, self.rows, self.groups, self.longest_prompt, self.max_tokens) <= free:
+            return self
+        rows = rows_within(free, shape, self.rows, n, self.longest_prompt, self.max_tokens)
+        return replace(self, rows=rows, groups=groups_at_once(rows, n))
+
+
+@dataclass
+class Session:
+    """Keys and values, random numbers [slots, tokens], and the bursts made so far, by their rows and longest paths.
+
+    asked:  what it was made for; plan: what memory allows of that.
+    reason: why steps are not captured in CUDA graphs; None when they are.
+    """
+
+    asked: Plan
+    plan: Plan
+    cache: SlotCache
+    uniforms: Tensor
+    reason: str | None
+    bursts: dict[tuple[int, int], Burst] = field(default_factory=dict)
+    stream: Any = None  # where captures are made
+    memory: Any = None  # one pool for all graphs: only one runs at a time
+
+    @classmethod
+    def make(cls, wanted: Plan, shape: KeyShape, n: int, before: Plan | None = None) -> Session:
+        """Allocate it, for `n` completions of a prompt. Raises torch.cuda.OutOfMemoryError.
+
+        before: what the session that it replaces was made for; room for that stays, if there is memory.
+        """
+        on_gpu = shape.device.type == "cuda"
+        free = free_bytes(shape.device) if on_gpu else None
+        asked = wanted if before is None else before.grown(wanted)
+        plan = asked.within(free, shape, n)
+        if plan != asked:
+            asked, plan = wanted, wanted.within(free, shape, n)
+        cache = SlotCache(
+            shape,
+            rows=plan.rows,
+            groups=plan.groups,
+            longest_prompt=plan.longest_prompt,
+            longest_completion=plan.max_tokens,
+        )
+        uniforms = torch.zeros(plan.rows, plan.max_tokens + BURST, dtype=torch.float64, device=shape.device)
+        if not on_gpu:
+            return cls(asked, plan, cache, uniforms, "CUDA graphs are for GPUs")
+        stream, memory = torch.cuda.Stream(shape.device), torch.cuda.graph_pool_handle()
+        return cls(asked, plan, cache, uniforms, None, stream=stream, memory=memory)
+
+    def burst(self, model: Any, sampling: Sampling, rows: int, longest: int) -> Burst:
+        """One for at least so many rows, of paths up to `longest`."""
+        key = bucket(rows), longest
+        if key not in self.bursts:
+            self.bursts[key] = burst = Burst(model, self.cache, sampling, self.uniforms, *key)
+            if self.stream is not None:
+                try:
+                    burst.capture(self.stream, self.memory)
+                except torch.cuda.OutOfMemoryError as error:  # others may fit
+                    self.reason = str(error)
+                except RuntimeError as error:  # what the model does in its forward cannot be captured
+                    cause = error.__context__ or error  # the end of a capture that failed fails, too
+                    self.reason, self.stream = f"{type(cause).__name__}: {cause}", None
+        return self.bursts[key]
 
 
 class Burst:
-    """`size` rows in static tensors: tokens, positions, pages, and where in their random numbers they stand."""
+    """`size` rows in static tensors: their state, and the tokens and log-probs that come of it."""
 
-    def __init__(self, model: Any, cache: PagedCache, sampling: Sampling, uniforms: Tensor, size: int) -> None:
+    def __init__(
+        self, model: Any, cache: SlotCache, sampling: Sampling, uniforms: Tensor, size: int, longest: int
+    ) -> None:
         device = cache.shape.device
         self.model, self.sampling, self.uniforms = model, sampling, uniforms
-        # Token, position, slot and count of each row; `load` writes them all.
-        self.state = torch.zeros(4, size, dtype=torch.int64, device=device)
-        table = torch.zeros(size, cache.width, dtype=torch.int32, device=device)
-        used = torch.ones(size, dtype=torch.int32, device=device)
-        where = torch.zeros(size, dtype=torch.int64, device=device)
-        self.step = PagedStep(cache, table, used, where, [], [])
-        self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        self.state = torch.zeros(_STATE, size, dtype=torch.int64, device=device)
+        self.step = SlotStep(cache, self.state[_WHERE], longest)
         self.turn = torch.zeros(1, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(BURST, size, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(BURST, size, device=device)
         self.graph: Any = None
 
-    def load(self, rows: list[Row], table: Tensor) -> None:
-        """Take these rows; those that only fill up the batch write to page 0 and are not looked at."""
-        state = [
-            [row.tokens[-1] for row in rows],
-            [row.group.length + row.length for row in rows],
-            [row.slot for row in rows],
-            [len(row.tokens) for row in rows],
-        ]
-        count = len(rows)
-        self.state.zero_()
-        self.state[:, :count] = torch.tensor(state, device=self.state.device)
-        self.step.table.zero_()
-        self.step.table[:count] = table.to(self.state.device)
-        self.step.used.copy_(self.state[1] + 1)
+    def run(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """BURST tokens more for the rows of `state` [_STATE, m], which is moved on: tokens, log-probs [BURST, m]."""
+        rows = state.shape[1]
+        self.state[:, rows:].zero_()  # those that only fill up: nobody looks at what they draw
+        self.state[:, :rows] = state
         self.turn.zero_()
-
-    def run(self, turns: int) -> None:
-        """So many tokens more for every row, into `tokens` and `logprobs`, without waiting for the device."""
-        for _ in range(turns):
+        for _ in range(BURST):
             if self.graph is None:
                 self.advance()
             else:
                 self.graph.replay()
+        state.copy_(self.state[:, :rows])
+        return self.tokens[:, :rows], self.logprobs[:, :rows]
 
     def advance(self) -> None:
         """One token more for every row; nothing here depends on a value, so it can be captured."""
-        ids, positions, slots, counts = self.state
-        page = self.step.table.gather(1, (positions // PAGE)[:, None]).squeeze(1)
-        self.step.where.copy_(page.long() * PAGE + positions % PAGE)
-        output = self.model(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            attention_mask=self.mask,
-            use_cache=False,
-            attend=self.step,
-        )
-        tokens, logprobs = sample(output.logits[0], self.uniforms[slots, counts], self.sampling)
+        tokens, logprobs = draw(self.model, self.step, self.state, self.uniforms, self.sampling)
         self.tokens.index_copy_(0, self.turn, tokens[None])
         self.logprobs.index_copy_(0, self.turn, logprobs[None])
-        ids.copy_(tokens)
-        positions.add_(1)
-        counts.add_(1)
-        self.step.used.add_(1)
         self.turn.add_(1)
 
-    def capture(self, memory: Any) -> None:
-        """Capture `advance`. Call `load` after it: trying it out moves the state on."""
-        device = self.state.device
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
+    def capture(self, stream: Any, memory: Any) -> None:
+        """Capture `advance`, tried out before on rows that are nobody's.
+
+        Other threads may use the GPU meanwhile, as rewards do. A capture that fails leaves its stream behind as the
+        current one: the outer context puts back what was.
+        """
+        current = torch.cuda.current_stream(self.state.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             for _ in range(2):
                 self.advance()
-        torch.cuda.current_stream(device).wait_stream(side)
+        current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory):
+        with (
+            torch.cuda.stream(current),
+            torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"),
+        ):
             self.advance()
         self.graph = graph
 
 
-class PagedDecoder(Decoder):
-    """`Decoder` over a `PagedCache`: steps that bring prompts run as they are, all others in bursts.
+def draw(
+    model: Any, step: SlotStep, state: Tensor, uniforms: Tensor, sampling: Sampling, groups: list[Group] | None = None
+) -> tuple[Tensor, ...]:
+    """A token and its log-prob for every row, [b] each, and the rows' state moved on; no host sync without groups.
 
-    reason: why steps are not captured in CUDA graphs; None when they are.
+    groups: prompts of the step, whose last logits [groups, V] are then returned, too.
+    """
+    rows = state.shape[1]
+    ids, positions = state[_TOKEN], state[_WHERE][1] + state[_LENGTH]
+    keep: Tensor | int = 0
+    if groups:
+        lengths = torch.tensor([group.length for group in groups])
+        prompts = torch.tensor([token for group in groups for token in group.token_ids])
+        last = torch.cat([torch.arange(rows), rows + lengths.cumsum(0) - 1])
+        ids = torch.cat([ids, prompts.to(ids.device)])
+        positions = torch.cat([positions, step.layout.position_ids])
+        keep = last.to(ids.device)
+    logits = logits_of(model, step, ids, positions, keep)
+    tokens, logprobs = sample(logits[:rows], uniforms[state[_SLOT], state[_LENGTH] + 1], sampling)
+    state[_TOKEN].copy_(tokens)
+    state[_LENGTH].add_(1)
+    return (tokens, logprobs, logits[rows:]) if groups else (tokens, logprobs)
+
+
+class SlotDecoder(Decoder):
+    """`Decoder` over a `Session`: steps that bring prompts run as they are, all others in bursts.
+
+    Tokens stay in arrays, not in the rows, until a row ends: the host has a few microseconds per row and burst.
     """
 
-    cache: PagedCache
+    cache: SlotCache
 
-    def __init__(self, model: Any, cache: PagedCache, sampling: Sampling, ends: set[int], batch_size: int) -> None:
-        super().__init__(model, cache, sampling, ends, batch_size)
-        self.uniforms = torch.zeros(
-            batch_size, sampling.max_tokens + BURST, dtype=torch.float64, device=cache.shape.device
-        )
+    def __init__(self, model: Any, session: Session, plan: Plan, sampling: Sampling, stopping: Stopping) -> None:
+        batch_size = min(plan.rows, session.plan.rows)
+        super().__init__(model, session.cache, sampling, stopping, batch_size)
+        self.longest = plan.longest
+        self.groups = min(plan.groups, session.plan.groups)  # a session may have room for more
+        self.session = session
+        self.uniforms = session.uniforms
+        self.prefill_tokens = tokens_at_once(session.cache.shape.dtype)
         self.refill = batch_size // 8
-        self.bursts: dict[int, Burst] = {}
-        self.reason: str | None = None if cache.shape.device.type == "cuda" else "CUDA graphs are for NVIDIA GPUs"
-        self._memory = torch.cuda.graph_pool_handle() if self.reason is None else None
+        self.rows: list[Row] = []  # those of `state`, in order, and how many tokens each has
+        self.state = torch.zeros(_STATE, 0, dtype=torch.int64, device=self.device)
+        self.slots = self.counts = np.zeros(0, dtype=np.int64)
+        self.tokens = np.zeros((batch_size, sampling.max_tokens + BURST), dtype=np.int64)
+        self.logprobs = np.zeros(self.tokens.shape, dtype=np.float32)
+        self._ends, self._candidates = (
+            np.array(sorted(ids), dtype=np.int64) for ids in (stopping.tokens, stopping.candidates)
+        )
 
     def _next_prompts(self, waiting: deque[Group], n: int) -> list[Group]:
         # A step that brings prompts is not captured, and slow for all rows: it waits until it fills many slots.
@@ -124,30 +259,75 @@ class PagedDecoder(Decoder):
             return []
         return super()._next_prompts(waiting, n)
 
+    def _fits(self, groups: list[Group]) -> bool:
+        return super()._fits(groups) and self.cache.kept + len(groups) <= self.groups
+
     def _turn(self, groups: list[Group], ended: Ended) -> list[Row]:
-        rows = list(self.cache.rows)
-        if groups or not rows:
-            return super()._turn(groups, ended)
-        burst = self._burst(len(rows))
-        burst.load(rows, self.cache.table(rows))
-        burst.run(BURST)
-        tokens, logprobs = burst.tokens.tolist(), burst.logprobs.tolist()
-        finished = []
-        for i, row in enumerate(rows):
-            row.length += BURST
-            if any(self._take(row, tokens[t][i], logprobs[t][i], ended) for t in range(BURST)):
-                finished.append(row)
+        self._look_at_rows()
+        if groups:
+            step = SlotStep(self.cache, self.state[_WHERE], self.longest, groups)
+            tokens, logprobs, logits = draw(self.model, step, self.state, self.uniforms, self.sampling, groups)
+            self._make_ready(groups, logits)
+            tokens, logprobs = tokens[None], logprobs[None]
+        else:
+            tokens, logprobs = self.session.burst(self.model, self.sampling, len(self.rows), self.longest).run(
+                self.state
+            )
+        finished = self._keep(tokens.cpu().numpy(), logprobs.cpu().numpy(), ended) if self.rows else []
         self.cache.remove(finished)
         return finished
 
-    def _burst(self, rows: int) -> Burst:
-        size = 1 << (rows - 1).bit_length()
-        if size not in self.bursts:
-            burst = Burst(self.model, self.cache, self.sampling, self.uniforms, size)
-            if self.reason is None:
-                try:
-                    burst.capture(self._memory)
-                except RuntimeError as error:  # what the model does in its forward cannot be captured
-                    self.reason = f"{type(error).__name__}: {error}"
-            self.bursts[size] = burst
-        return self.bursts[size]
+    def _look_at_rows(self) -> None:
+        """Bring the state up to the cache's rows: some left, new ones come behind the others."""
+        rows = self.cache.rows
+        if rows == self.rows:
+            return
+        place = {row: i for i, row in enumerate(self.rows)}
+        kept = [place[row] for row in rows if row in place]
+        fresh = rows[len(kept) :]
+        state = [[r.tokens[0], r.group.start, r.group.length, r.start, 0, r.slot] for r in fresh]
+        columns = torch.tensor(state, dtype=torch.int64).view(-1, _STATE).T.to(self.device)
+        self.state = torch.cat([self.state[:, torch.tensor(kept, dtype=torch.int64, device=self.device)], columns], 1)
+        self.rows = list(rows)
+        self.slots = np.array([row.slot for row in rows], dtype=np.int64)
+        self.counts = np.concatenate([self.counts[kept], np.ones(len(fresh), dtype=np.int64)])
+        for row in fresh:
+            self.tokens[row.slot, 0], self.logprobs[row.slot, 0] = row.tokens[0], row.logprobs[0]
+
+    def _keep(self, tokens: np.ndarray, logprobs: np.ndarray, ended: Ended) -> list[Row]:
+        """Tokens and log-probs [turns, rows], those behind a row's end included; the rows that have ended."""
+        columns = self.counts + np.arange(len(tokens))[:, None]
+        self.tokens[self.slots, columns], self.logprobs[self.slots, columns] = tokens, logprobs
+        by_itself = np.isin(tokens, self._ends)
+        if len(self._candidates):
+            for turn, i in np.argwhere(np.isin(tokens, self._candidates)):
+                end = columns[turn, i] + 1
+                tail = self.tokens[self.slots[i], max(0, end - self.stopping.tail) : end]
+                by_itself[turn, i] |= self.stopping.ended(tail.tolist())
+        last = by_itself | (columns + 1 >= self.sampling.max_tokens)
+        finished = []
+        for i in np.flatnonzero(last.any(0)).tolist():
+            row, turn = self.rows[i], int(last[:, i].argmax())
+            count = int(columns[turn, i]) + 1
+            row.tokens = self.tokens[row.slot, :count].tolist()
+            row.logprobs = self.logprobs[row.slot, :count].tolist()
+            self._end(row, bool(by_itself[turn, i]), ended)
+            finished.append(row)
+        self.counts = self.counts + len(tokens)
+        return finished
+
+
+def room_for(longest_prompt: int) -> int:
+    """Tokens that are kept free for every prompt."""
+    return -(-longest_prompt // _STEP) * _STEP
+
+
+def tokens_at_once(dtype: torch.dtype) -> int:
+    """Prompt tokens of a step. Only in half precision does attention make no scores of them."""
+    return _PREFILL_TOKENS if dtype.itemsize == 2 else Decoder.prefill_tokens
+
+
+def bucket(rows: int) -> int:
+    """Rows of the burst that runs so many: powers of two, and one and a half times those."""
+    size = 1 << (rows - 1).bit_length()
+    return size * 3 // 4 if size > 2 and rows <= size * 3 // 4 else size

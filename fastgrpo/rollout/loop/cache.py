@@ -28,7 +28,7 @@ class Group(Sequence):
 
     index: its place in the list of prompts; logits: [V] of the token after it, and draws: its samples' random numbers,
     until the last one has begun; waiting: its samples that have not begun yet; alive: how many are being decoded;
-    pages: where it lies in a `PagedCache`.
+    start: its first place in a `SlotCache`.
     """
 
     index: int = 0
@@ -37,15 +37,14 @@ class Group(Sequence):
     draws: Tensor | None = None
     waiting: list[int] = field(default_factory=list)
     alive: int = 0
-    pages: list[int] = field(default_factory=list)
+    start: int = 0
 
 
 @dataclass(eq=False)
 class Row(Sequence):
     """A completion that is being decoded; its newest token is not among its keys and values yet.
 
-    sample: its place among all samples; slot: where its random numbers are; pages: its own and its prompt's full ones
-    in a `PagedCache`.
+    sample: its place among all samples; slot: where its random numbers are; start: its first place in a `SlotCache`.
     """
 
     group: Group = field(default_factory=Group)
@@ -53,7 +52,7 @@ class Row(Sequence):
     slot: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
+    start: int = 0
 
 
 class SlabCache:
@@ -201,19 +200,19 @@ class Step:
         for i, row in enumerate(self.rows):
             readers.setdefault(row.group, []).append(i)
         parts, gather, back, base = [], [], [0] * len(self.rows), 0
+        own = torch.tensor([row.length for row in self.rows])
         for slab, members in cache.prompts.parts():
-            most = max(len(readers.get(group, ())) for group in members)  # type: ignore[call-overload]
+            mine = [readers.get(group, []) for group in members]  # type: ignore[call-overload]
+            most = max(map(len, mine))
             if not most:
                 continue
-            index = torch.zeros(len(members), most, dtype=torch.int64)  # prompts with fewer readers serve row 0
-            for j, group in enumerate(members):
-                mine = readers.get(group, [])  # type: ignore[call-overload]
-                index[j, : len(mine)] = torch.tensor(mine, dtype=torch.int64)
-                for a, i in enumerate(mine):
+            for j, rows in enumerate(mine):
+                for a, i in enumerate(rows):
                     back[i] = base + j * most + a
             base += len(members) * most
-            own = torch.tensor([row.length for row in self.rows])[index]
-            parts.append(self._part(slab, members, own))
+            # Prompts with fewer readers serve row 0.
+            index = torch.tensor([rows + [0] * (most - len(rows)) for rows in mine])
+            parts.append(self._part(slab, members, own[index]))
             gather.append(index.to(self.device))
         return parts, gather, back
 

@@ -16,9 +16,7 @@ from torch import Tensor
 from fastgrpo.records import Sampling
 from fastgrpo.rollout.loop.cache import Group, Row
 from fastgrpo.rollout.loop.sampling import sample, uniforms
-
-# Prompt tokens of one step, unless one prompt is longer: bounds the memory of the activations.
-_PREFILL_TOKENS = 2048
+from fastgrpo.rollout.stopping import Stopping
 
 Ended = Callable[[Row, bool], None]
 """Told of every completion that ended: its row, and whether it ended by itself."""
@@ -26,8 +24,6 @@ Ended = Callable[[Row, bool], None]
 
 class Step(Protocol):
     """A forward that a cache has made room for: its rows in order, then its prompts; `attend=` of the model."""
-
-    device: torch.device
 
     @property
     def rows(self) -> Sequence[Row]: ...
@@ -37,7 +33,7 @@ class Step(Protocol):
 
 
 class Cache(Protocol):
-    """Where keys and values are: `SlabCache` or `PagedCache`, which say what each of these does."""
+    """Where keys and values are: `SlabCache` or `SlotCache`, which say what each of these does."""
 
     def fits(self, groups: Sequence[Group]) -> bool: ...
 
@@ -56,15 +52,18 @@ class Decoder:
     """Draws `n` completions of every prompt; sample i * n + k is the k-th of prompt i.
 
     model:      a model whose attention is handed to `attend=`; in eval mode.
-    ends:       the tokens that end a completion.
+    stopping:   what ends a completion.
     batch_size: completions alive at once.
     """
 
-    def __init__(self, model: Any, cache: Cache, sampling: Sampling, ends: set[int], batch_size: int) -> None:
+    # Prompt tokens of one step, unless one prompt is longer: bounds the memory of the activations.
+    prefill_tokens = 2048
+
+    def __init__(self, model: Any, cache: Cache, sampling: Sampling, stopping: Stopping, batch_size: int) -> None:
         self.model = model
         self.cache = cache
         self.sampling = sampling
-        self.ends = ends
+        self.stopping = stopping
         self.device = next(model.parameters()).device
         self.free = list(range(batch_size))[::-1]
         self.uniforms = torch.zeros(batch_size, sampling.max_tokens, dtype=torch.float64)
@@ -92,13 +91,17 @@ class Decoder:
         step = self.cache.step(groups)
         logits = forward(self.model, step, [row.tokens[-1] for row in step.rows])
         rows = len(step.rows)
-        for group, last in zip(groups, logits[rows:], strict=True):
-            group.logits = last.clone()  # not a view, which would keep those of all rows
-            group.draws = uniforms(self.sampling.seed, group.index, len(group.waiting), self.sampling.max_tokens)
-        self.ready += groups
+        self._make_ready(groups, logits[rows:])
         finished = self._draw(step.rows, logits[:rows], ended) if rows else []
         self.cache.remove(finished)
         return finished
+
+    def _make_ready(self, groups: list[Group], logits: Tensor) -> None:
+        """Prompts that have run; logits [groups, V] of the tokens after them."""
+        for group, last in zip(groups, logits, strict=True):
+            group.logits = last.clone()  # not a view, which would keep those of all rows
+            group.draws = uniforms(self.sampling.seed, group.index, len(group.waiting), self.sampling.max_tokens)
+        self.ready += groups
 
     def _start(self, ended: Ended) -> int:
         """Give free slots to waiting samples and draw their first tokens; how many rows that makes."""
@@ -141,12 +144,15 @@ class Decoder:
         room, tokens = len(self.free), 0
         while waiting and room > 0 and not self.ready:
             tokens += len(waiting[0].token_ids)
-            if (chosen and tokens > _PREFILL_TOKENS) or not self.cache.fits([*chosen, waiting[0]]):
+            if (chosen and tokens > self.prefill_tokens) or not self._fits([*chosen, waiting[0]]):
                 break
             chosen.append(waiting.popleft())
             room -= n
         self.cache.add_prompts(chosen)
         return chosen
+
+    def _fits(self, groups: list[Group]) -> bool:
+        return self.cache.fits(groups)
 
     def _draw(self, rows: Sequence[Row], logits: Tensor, ended: Ended) -> list[Row]:
         """Add a token to every row; the rows that have ended, whose slots are free again."""
@@ -159,13 +165,16 @@ class Decoder:
         """Add a token to a row; has it ended?"""
         row.tokens.append(token)
         row.logprobs.append(logprob)
-        by_itself = token in self.ends
+        by_itself = self.stopping.ended(row.tokens)
         if not by_itself and len(row.tokens) < self.sampling.max_tokens:
             return False
+        self._end(row, by_itself, ended)
+        return True
+
+    def _end(self, row: Row, by_itself: bool, ended: Ended) -> None:
         row.group.alive -= 1
         self.free.append(row.slot)
         ended(row, by_itself)
-        return True
 
 
 def forward(model: Any, step: Step, tokens: list[int]) -> Tensor:
@@ -177,14 +186,20 @@ def forward(model: Any, step: Step, tokens: list[int]) -> Tensor:
         ids += group.token_ids
         positions += range(group.length)
         last.append(len(ids) - 1)
-    ids, positions, last = torch.tensor([ids, positions, last + [0] * (len(ids) - len(last))], device=step.device)
+    device = next(model.parameters()).device
+    ids, positions, last = torch.tensor([ids, positions, last + [0] * (len(ids) - len(last))], device=device)
+    return logits_of(model, step, ids, positions, last[: len(step.rows) + len(step.groups)] if step.groups else 0)
+
+
+def logits_of(model: Any, step: Any, ids: Tensor, positions: Tensor, keep: Tensor | int = 0) -> Tensor:
+    """Logits [T, V] after the step's tokens, ids and positions [T], or after those in `keep` alone."""
     output = model(
         input_ids=ids[None],
         position_ids=positions[None],
         # Four dimensions: transformers hands such a mask through and builds none. `attend` does not look at it.
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=step.device),
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
         use_cache=False,
-        logits_to_keep=last[: len(step.rows) + len(step.groups)] if step.groups else 0,
+        logits_to_keep=keep,
         attend=step,
     )
     return output.logits[0]

@@ -15,13 +15,17 @@ import torch
 
 from fastgrpo.errors import RunError
 from fastgrpo.records import Prompt, Rollout, Sampling
-from fastgrpo.rollout.loop.burst import BURST, PagedDecoder
+from fastgrpo.rollout.loop.burst import Plan, Session, SlotDecoder
 from fastgrpo.rollout.loop.cache import Row, SlabCache
 from fastgrpo.rollout.loop.check import compare, why_not
 from fastgrpo.rollout.loop.decoder import Decoder, Ended
-from fastgrpo.rollout.loop.paged import PagedCache, groups_at_once, rows_that_fit, varlen_attn, why_not_paged
 from fastgrpo.rollout.loop.plain import PlainRow, decode_plainly
 from fastgrpo.rollout.loop.slabs import KeyShape
+from fastgrpo.rollout.loop.slots import SlotCache, why_not_slots
+from fastgrpo.rollout.stopping import Stopping
+
+# Of a GPU's memory, what may stay taken while the policy trains: preparing graphs anew takes seconds.
+_KEPT_SHARE = 0.2
 
 
 class LoopEngine:
@@ -33,12 +37,16 @@ class LoopEngine:
     timeout:     seconds that one `generate` may take; None = any.
 
     reason:      why the model runs over transformers' own cache, slower; None when it does not, or was not yet asked.
-    unpaged:     why keys and values are not in pages read by flash attention, as a GPU wants them; None when they are.
+    unslotted:   why keys and values are not in slots of fixed size, as a GPU wants them; None when they are.
     uncaptured:  why the last `generate` ran without CUDA graphs; None when it had them.
     cache_bytes: memory that keys and values took in the last `generate`; 0 over transformers' cache.
 
-    The same seed, prompts, weights and options give the same tokens, bit for bit on one machine. Each sample's random
-    numbers are its own, so another batch_size changes tokens only where rounding does.
+    On a GPU the slots and the graphs that read them are kept from one `generate` to the next while they fit, also
+    asleep if they take less than a fifth of the GPU's memory.
+
+    The same seed, prompts, weights and options give the same tokens, bit for bit on one machine, whatever was generated
+    before; on a GPU where memory is short, only if it was as short before. Each sample's random numbers are its own, so
+    another batch_size changes tokens only where rounding does.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 256, timeout: float | None = None) -> None:
@@ -49,10 +57,11 @@ class LoopEngine:
         self.version = 0
         self.end_tokens = end_tokens_of(model, tokenizer)
         self.reason: str | None = None
-        self.unpaged: str | None = "not asked yet"
+        self.unslotted: str | None = "not asked yet"
         self.uncaptured: str | None = "not asked yet"
         self.cache_bytes = 0
         self._shape: KeyShape | None = None
+        self._session: Session | None = None
 
     def generate(
         self, prompts: list[Prompt], n: int, sampling: Sampling, done: Callable[[list[Rollout]], None] | None = None
@@ -60,7 +69,7 @@ class LoopEngine:
         """See `Engine.generate`."""
         if not prompts:
             return []
-        ends = self.end_tokens | set(sampling.stop_token_ids)
+        stopping = Stopping(self.tokenizer, self.end_tokens | set(sampling.stop_token_ids), sampling.stop_strings)
         samples: dict[int, tuple[Row | PlainRow, bool]] = {}
         groups: dict[int, list[Rollout]] = {}
         missing = [n] * len(prompts)
@@ -91,9 +100,9 @@ class LoopEngine:
                 self._ask()
             ids = [prompt.token_ids for prompt in prompts]
             if self._shape is None:
-                decode_plainly(self.model, ids, n, sampling, ends, self.batch_size, ended, check)
+                decode_plainly(self.model, ids, n, sampling, stopping, self.batch_size, ended, check)
             else:
-                self._decode(self._shape, ids, n, sampling, ends, ended, check)
+                self._decode(self._shape, ids, n, sampling, stopping, ended, check)
         finally:
             self.model.train(was_training)
         return [rollout for group in range(len(prompts)) for rollout in groups[group]]
@@ -103,28 +112,32 @@ class LoopEngine:
         self.version += 1
 
     def sleep(self) -> None:
-        """Nothing is held between two calls."""
+        """Free slots and graphs, unless they are small."""
+        if self._session is not None and self._session.cache.nbytes > _kept_bytes(self._session.uniforms.device):
+            self._session = None
 
     def wake(self) -> None:
-        """Nothing was given back."""
+        """Memory is taken by `generate`."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Free slots and graphs; a later `generate` makes them again."""
+        self._session = None
 
     def _ask(self) -> None:
         """Which way this model goes on this device; by trying it."""
         self._shape, self.reason = why_not(self.model)
         if self._shape is None:
             return
-        self.unpaged = why_not_paged(self._shape)
-        if self.unpaged is None:
+        self.unslotted = why_not_slots(self._shape)
+        if self.unslotted is None:
             try:
-                cache = PagedCache(
-                    self._shape, rows=3, groups=2, longest_prompt=5, longest_completion=3, attention=varlen_attn()
-                )
-                self.unpaged = compare(self.model, cache)
-            except Exception as error:  # what flash attention does not take; slabs take everything
-                self.unpaged = f"{type(error).__name__}: {error}"
+                cache = SlotCache(self._shape, rows=3, groups=2, longest_prompt=5, longest_completion=3)
+                self.unslotted = compare(self.model, cache)
+                cache = SlotCache(self._shape, rows=3, groups=2, longest_prompt=5, longest_completion=3)
+                cache.longest = 4096  # paths are then split
+                self.unslotted = self.unslotted or compare(self.model, cache)
+            except Exception as error:  # what the kernels do not take; slabs take everything
+                self.unslotted = f"{type(error).__name__}: {error}"
 
     def _decode(
         self,
@@ -132,30 +145,26 @@ class LoopEngine:
         prompts: list[list[int]],
         n: int,
         sampling: Sampling,
-        ends: set[int],
+        stopping: Stopping,
         ended: Ended,
         check: Callable[[], None],
     ) -> None:
         rows = min(self.batch_size, len(prompts) * n)
         longest = max(len(ids) for ids in prompts)
-        cache: SlabCache | PagedCache
-        if self.unpaged is None:
-            rows = rows_that_fit(shape, rows, n, longest, sampling.max_tokens + BURST)
-            cache = PagedCache(
-                shape,
-                rows=rows,
-                groups=groups_at_once(rows, n),
-                longest_prompt=longest,
-                longest_completion=sampling.max_tokens + BURST,
-                attention=varlen_attn(),
-            )
-            decoder: Decoder = PagedDecoder(self.model, cache, sampling, ends, rows)
-        else:
+        if self.unslotted is not None:
             cache = SlabCache(shape, rows=rows, longest_prompt=longest, longest_completion=sampling.max_tokens)
-            decoder = Decoder(self.model, cache, sampling, ends, rows)
-        decoder.run(prompts, n, ended, check)
-        self.cache_bytes = cache.nbytes
-        self.uncaptured = decoder.reason if isinstance(decoder, PagedDecoder) else "keys and values are not in pages"
+            Decoder(self.model, cache, sampling, stopping, rows).run(prompts, n, ended, check)
+            self.cache_bytes, self.uncaptured = cache.nbytes, "keys and values are not in slots"
+            return
+        session, self._session = self._session, None  # one that is cut short is not gone on with
+        plan = Plan.of(self.model, rows, n, longest, sampling)
+        if session is None or not session.asked.serves(plan):
+            before = None if session is None else session.asked
+            session = None  # its memory first
+            session = Session.make(plan, shape, n, before)
+        SlotDecoder(self.model, session, plan, sampling, stopping).run(prompts, n, ended, check)
+        self.cache_bytes, self.uncaptured = session.cache.nbytes, session.reason
+        self._session = session
 
     def _rollouts(self, prompt: Prompt, group: int, samples: list[tuple[Row | PlainRow, bool]]) -> list[Rollout]:
         texts = self.tokenizer.batch_decode([row.tokens for row, _ in samples], skip_special_tokens=True)
@@ -179,3 +188,7 @@ def end_tokens_of(model: Any, tokenizer: Any) -> set[int]:
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids |= set(configured) if isinstance(configured, list | tuple) else {configured}
     return {i for i in ids if i is not None}
+
+
+def _kept_bytes(device: torch.device) -> float:
+    return _KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0.0

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastgrpo.records import Sampling
 from fastgrpo.rollout.loop.sampling import sample, uniforms
+from fastgrpo.rollout.stopping import Stopping
 
 
 @dataclass
@@ -32,7 +33,7 @@ def decode_plainly(
     prompts: list[list[int]],
     n: int,
     sampling: Sampling,
-    ends: set[int],
+    stopping: Stopping,
     batch_size: int,
     ended: Callable[[PlainRow, bool], None],
     check: Callable[[], None],
@@ -49,7 +50,7 @@ def decode_plainly(
         rows = [PlainRow(i * n + k) for i in chunk for k in range(n)]
         draws = torch.cat([uniforms(sampling.seed, i, n, sampling.max_tokens) for i in chunk])
         batch = _Batch.prefill(model, [prompts[i] for i in chunk], n)
-        _decode(model, batch, rows, draws, sampling, ends, ended, check)
+        _decode(model, batch, rows, draws, sampling, stopping, ended, check)
 
 
 def _decode(
@@ -58,7 +59,7 @@ def _decode(
     rows: list[PlainRow],
     draws: Tensor,
     sampling: Sampling,
-    ends: set[int],
+    stopping: Stopping,
     ended: Callable[[PlainRow, bool], None],
     check: Callable[[], None],
 ) -> None:
@@ -72,7 +73,7 @@ def _decode(
         for i in live:
             rows[i].tokens.append(drawn[i])
             rows[i].logprobs.append(their_logprobs[i])
-            by_itself = drawn[i] in ends
+            by_itself = stopping.ended(rows[i].tokens)
             if by_itself or step + 1 == sampling.max_tokens:
                 ended(rows[i], by_itself)
             else:

@@ -69,6 +69,8 @@ def sampling_options(policy: Any, sampling: Sampling, group: int, n: int) -> dic
         "max_tokens": sampling.max_tokens,
         "seed": derive_seed(sampling.seed, "vllm", group) >> 1,
         "stop_token_ids": sorted(ends),
+        "stop": list(sampling.stop_strings),
+        "include_stop_str_in_output": True,  # the token that completes it is sampled, and trains
         "ignore_eos": True,  # vLLM's own idea of the end; ours is among the stop tokens
         "logprobs": 0,  # of the sampled token alone
     }

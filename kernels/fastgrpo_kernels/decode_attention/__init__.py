@@ -1,0 +1,1 @@
+"""One new token per sequence against keys and values that are kept."""

@@ -33,15 +33,21 @@ def _bench(*arguments: str, program: list[str]) -> subprocess.CompletedProcess[s
 
 def test_a_suite_runs_and_its_results_are_kept(tmp_path: Path) -> None:
     kept = tmp_path / "results"
-    done = _bench("bench", *_SUITE, "--cpu-time", "--results", str(kept), program=["-m", "fastgrpo"])
-    assert done.returncode == 0, done.stderr
-    content = json.loads((kept / "gae.json").read_text())
+    suite = ["--suite", "ops", "--case", "attention[prompt=128", "--device", "cpu"]
+    done = _bench("bench", *suite, "--cpu-time", "--results", str(kept), program=["-m", "fastgrpo"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads((kept / "shared_prefix_attention.json").read_text())
     assert {"commit", "date", "versions", "device"} <= content.keys()
     assert content["device"]["threads"] == 1
     assert content["timer"] == "time.process_time"
-    assert [row["peer"] for row in content["results"]] == ["naive", "fastgrpo"]
-    assert all(row["correct"] and row["ms"]["p20"] <= row["ms"]["p80"] for row in content["results"])
-    assert "1/2 gae[S=128,N=32768]-naive" in done.stderr
+    assert content["limits"]["gemm_tflops"] > 0
+    rows = content["results"]
+    assert [row["peer"] for row in rows] == ["torch", "fastgrpo"]
+    assert all(row["correct"] and row["ms"]["p20"] <= row["ms"]["p80"] for row in rows)
+    assert all(row["ratio_to_limit"] > 0 for row in rows)
+    if sys.platform == "linux":
+        assert all(row["peak_bytes"] > 0 for row in rows)
+    assert "1/2 shared_prefix_attention[prompt=128,n=8,completion=64]-torch" in done.stderr
     assert "p20-p80" in done.stdout
     assert "fastgrpo" in done.stdout
 

@@ -5,7 +5,8 @@
 
 Stages run in order of importance, each in a process of its own with its own time-out: a crash, a hang or an error of
 the device in one leaves the others be. Each row is on disk (`DIR/<stage>.json`) as soon as it is known; the whole goes
-to `DIR/results.json`. Exit 1 if a required ratio is missed, a result is wrong, a test fails or a stage does not end.
+to `DIR/results.json`, beside each row what the cost model predicts for an H200 (docs/performance.md). Exit 1 if a
+required ratio is missed, a result is wrong, a test fails or a stage does not end.
 `--wheels` names a folder of wheels (the peers): they are unpacked into a temporary folder, nothing is installed.
 """
 
@@ -97,6 +98,7 @@ def suite(args: argparse.Namespace) -> dict[str, Any]:
     """Run the chosen stages within the budget; the results file's content."""
     from benchmarks.gpu.bench import write_json
     from benchmarks.gpu.checks import versions
+    from benchmarks.gpu.predictions import attach
     from benchmarks.results import _commit
 
     args.out = args.out.resolve()
@@ -122,6 +124,8 @@ def suite(args: argparse.Namespace) -> dict[str, Any]:
                 found["device"] = rows[0]["params"].get("gpu", args.device)
             write_json(args.out / "results.json", found)
             print(f"{stage.name}: {fault or 'done'}, {len(rows)} rows", flush=True)
+    found["results"] = attach(found["results"], args.small)
+    write_json(args.out / "results.json", found)
     return found
 
 
@@ -144,13 +148,16 @@ def faults(found: dict[str, Any]) -> list[str]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Every row with a time, or with a reason for none."""
-    lines = [["case", "op", "peer", "params", "ms", "limit", "ratio", "required", "GB", "note"]]
+    header = ["case", "op", "peer", "params", "ms", "predicted", "limit", "ratio", "predicted", "required"]
+    lines = [[*header, "GB", "note"]]
     for r in rows:
         size = " ".join(f"{k}={v}" for k, v in r["params"].items()) if r["op"] != "environment" else ""
         memory = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e9:.2f}"
         note = r["error"][:40].replace("\n", " ") if isinstance(r["error"], str) else ""
         note = "WRONG " + note if r["correct"] is False else "MISSED" if r["reached"] is False else note
-        cells = [r["ms"], r["limit_ms"], r["ratio_to_limit"] or r.get("speed_ratio"), r["required"]]
+        ratio = r["ratio_to_limit"] or r.get("speed_ratio")
+        predicted = r.get("predicted_ms"), r.get("predicted_ratio")
+        cells = [r["ms"], predicted[0], r["limit_ms"], ratio, predicted[1], r["required"]]
         shown = ["" if c is None else f"{c:.4g}" for c in cells]
         lines.append([r["case"], r["op"], r["peer"][:40], size[:90], *shown, memory, note])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

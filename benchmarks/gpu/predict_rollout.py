@@ -1,0 +1,101 @@
+"""Predicted times of rollouts: a step of decoding over slots, a whole `generate`, and transformers' engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.gpu.machine import Machine, Prediction, gemm, in_ms, stream
+from benchmarks.gpu.predict_head import sample_tokens
+from benchmarks.gpu.predict_update import LAYERS, PRODUCTS, parameters, products, shape_of
+from benchmarks.small_model import Shape
+from fastgrpo.rollout.loop.burst import bucket
+from fastgrpo.rollout.loop.slots import BURST
+from fastgrpo_kernels.decode_attention.kernel import pieces_of
+
+OUTSIDE = 30
+"""Kernels of a step outside the layers: embedding, rotary table, last norm, state, random numbers."""
+
+BURST_HOST, ROW_HOST = 1e-3, 2e-6
+"""Seconds of the host between two bursts, and of that for a row: two copies, NumPy, what has ended; assumed."""
+
+TOKEN_TEXT = 1e-6
+"""Seconds of the host for a token that becomes text; assumed of the tokenizers package."""
+
+CONTINUOUS_ROW, CONTINUOUS_OPERATORS = 8e-6, 1.3
+"""Of transformers' continuous batching: the host's Python for a row of a step, and operators of a layer by ours (its
+cache is written by operators of its own). It launches every kernel of a step anew; assumed."""
+
+
+def kept_bytes(s: Shape) -> int:
+    """Of a token's keys and values in bf16."""
+    return 2 * 2 * s.layers * s.kv_heads * s.head_dim
+
+
+def step_seconds(machine: Machine, s: Shape, rows: int, length: float, body: str = "eager") -> dict[str, float]:
+    """One token more for each of so many rows, which have `length` tokens each, as a replayed CUDA graph."""
+    layers = LAYERS[body]
+    sizes = (s.width, s.feed_forward, (s.heads + s.kv_heads) * s.head_dim)
+    moved = rows * s.layers * sum(a * b for a, b in zip(layers.forward, sizes, strict=True))
+    split = pieces_of(rows, s.kv_heads, round(length)) > 1
+    return {
+        "small kernels": stream(machine, moved, machine.eager, s.layers * layers.kernels[0] + OUTSIDE),
+        "products": products(machine, s, rows)[0],
+        "head": gemm(machine, rows, s.vocabulary, s.width),
+        "attention": stream(machine, rows * length * kept_bytes(s), machine.decoding, s.layers * (1 + split)),
+        "sampling": sample_tokens(machine, rows, s.vocabulary),
+    }
+
+
+def limit_seconds(machine: Machine, s: Shape, rows: int, length: float) -> float:
+    """What the suite holds a step against."""
+    weights, flop = 2 * parameters(s) / machine.copy, 2 * rows * parameters(s) / machine.gemm_rate
+    return rows * length * kept_bytes(s) / machine.copy + max(weights, flop)
+
+
+def steady(machine: Machine, p: dict[str, Any]) -> Prediction:
+    s = shape_of(p["model"])
+    parts = step_seconds(machine, s, bucket(p["rows"]), p["length"])
+    return Prediction(in_ms(parts), 1e3 * limit_seconds(machine, s, p["rows"], p["length"]))
+
+
+def mean_length(p: dict[str, Any]) -> float:
+    """Of completions that end after each token with probability 1 / mean, and at the longest."""
+    keep = 1 - 1 / p["mean"]
+    return float((1 - keep ** p["longest"]) / (1 - keep))
+
+
+def generate(machine: Machine, p: dict[str, Any], engine: str = "loop") -> Prediction:
+    """All samples of all prompts at once, fewer and fewer of them alive."""
+    s, rows, keep = shape_of(p["model"]), p["prompts"] * p["n"], 1 - 1 / p["mean"]
+    parts = {"prompts": sum(prompt_seconds(machine, s, p["prompts"] * p["length"]).values())}
+    for done in range(0, p["longest"], BURST):
+        alive = max(1, round(rows * keep**done))
+        step = step_seconds(machine, s, bucket(alive), p["length"] + done + BURST / 2)
+        step["host"] = (BURST_HOST + alive * ROW_HOST) / BURST
+        if engine == "transformers":
+            step = continuous(machine, s, alive, sum(step.values()) - step["host"])
+        for name, seconds in step.items():
+            parts[name] = parts.get(name, 0.0) + BURST * seconds
+    parts["text"] = TOKEN_TEXT * rows * mean_length(p)
+    return Prediction(in_ms(parts))
+
+
+def continuous(machine: Machine, s: Shape, rows: int, device: float) -> dict[str, float]:
+    """A step of transformers' engine with the same kernels: launched one by one, then Python for every row."""
+    operators = CONTINUOUS_OPERATORS * s.layers * (LAYERS["eager"].kernels[0] + PRODUCTS)
+    launches = operators * machine.host / 2  # without autograd an operator costs half
+    return {"device": device, "launch gaps": max(0.0, launches - device), "rows' Python": rows * CONTINUOUS_ROW}
+
+
+def prompt_seconds(machine: Machine, s: Shape, tokens: int) -> dict[str, float]:
+    """The prompts' forward; their attention is short of what matters."""
+    layers, sizes = LAYERS["eager"], (s.width, s.feed_forward, (s.heads + s.kv_heads) * s.head_dim)
+    moved = tokens * s.layers * sum(a * b for a, b in zip(layers.forward, sizes, strict=True))
+    device = products(machine, s, tokens)[0] + stream(machine, moved, machine.eager)
+    host = s.layers * (layers.kernels[0] + PRODUCTS) * machine.host
+    return {"prompts": max(device, host)}
+
+
+def against_transformers(machine: Machine, p: dict[str, Any]) -> Prediction:
+    """Tokens per second by ours over those of transformers' continuous batching."""
+    return Prediction(ratio=generate(machine, p, "transformers").ms / generate(machine, p).ms)

@@ -51,6 +51,7 @@ STAGES = (
     Stage("passes", "passes:passes", 70),
     Stage("peers", "peers:peers", 120),
     Stage("small_ops", "passes:small_ops", 30),
+    Stage("sweep", "sweep:sweep", 300),
 )
 """In order of importance; those for which no time is left are cut, and said to be."""
 
@@ -148,7 +149,7 @@ def faults(found: dict[str, Any]) -> list[str]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Every row with a time, or with a reason for none."""
-    header = ["case", "op", "peer", "params", "ms", "predicted", "limit", "ratio", "predicted", "required"]
+    header = ["case", "op", "peer", "params", "ms", "predicted ms", "limit", "ratio", "predicted", "required"]
     lines = [[*header, "GB", "note"]]
     for r in rows:
         size = " ".join(f"{k}={v}" for k, v in r["params"].items()) if r["op"] != "environment" else ""

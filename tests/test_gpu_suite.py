@@ -16,8 +16,8 @@ from benchmarks.gpu import predictions, update, update_cases
 from benchmarks.gpu.bench import Bench
 from fastgrpo.packing import pack
 
-UNPREDICTED = {"numerics", "backends", "memory"}
-"""Cases without a time, and one that nothing is required of."""
+UNPREDICTED = {"numerics", "backends", "memory", "sweep", "best"}
+"""Cases without a time, and those that nothing is required of."""
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ _N = 32768
 
 
 def test_the_page_is_what_the_command_writes() -> None:
+    pytest.importorskip("triton", reason="the space of configurations is of Triton's kernels")
     assert predictions.written(_PAGE.read_text()) == _PAGE.read_text()
 
 

@@ -6,14 +6,16 @@ from typing import Any
 
 from benchmarks.gpu.machine import Machine, Prediction, gemm, in_ms, stream
 from benchmarks.gpu.predict_head import sample_tokens
-from benchmarks.gpu.predict_update import LAYERS, PRODUCTS, parameters, products, shape_of
+from benchmarks.gpu.predict_update import LAYERS, PRODUCTS, parameters, passes, products, shape_of
 from benchmarks.small_model import Shape
 from fastgrpo.rollout.loop.burst import bucket
 from fastgrpo.rollout.loop.slots import BURST
-from fastgrpo_kernels.decode_attention.kernel import pieces_of
 
-OUTSIDE = 30
-"""Kernels of a step outside the layers: embedding, rotary table, last norm, state, random numbers."""
+SPLIT_BELOW = 512
+"""Rows times heads of keys, below which decode_attention splits paths and merges the pieces: its `PROGRAMS`."""
+
+OUTSIDE = 26
+"""Kernels of a step outside the layers, counted at PyTorch's dispatcher: embedding, rotary table, last norm, state."""
 
 BURST_HOST, ROW_HOST = 1e-3, 2e-6
 """Seconds of the host between two bursts, and of that for a row: two copies, NumPy, what has ended; assumed."""
@@ -33,12 +35,9 @@ def kept_bytes(s: Shape) -> int:
 
 def step_seconds(machine: Machine, s: Shape, rows: int, length: float, body: str = "eager") -> dict[str, float]:
     """One token more for each of so many rows, which have `length` tokens each, as a replayed CUDA graph."""
-    layers = LAYERS[body]
-    sizes = (s.width, s.feed_forward, (s.heads + s.kv_heads) * s.head_dim)
-    moved = rows * s.layers * sum(a * b for a, b in zip(layers.forward, sizes, strict=True))
-    split = pieces_of(rows, s.kv_heads, round(length)) > 1
+    split = rows * s.kv_heads < SPLIT_BELOW
     return {
-        "small kernels": stream(machine, moved, machine.eager, s.layers * layers.kernels[0] + OUTSIDE),
+        "small kernels": passes(machine, s, rows, body)[0] + OUTSIDE * machine.node,
         "products": products(machine, s, rows)[0],
         "head": gemm(machine, rows, s.vocabulary, s.width),
         "attention": stream(machine, rows * length * kept_bytes(s), machine.decoding, s.layers * (1 + split)),
@@ -52,9 +51,10 @@ def limit_seconds(machine: Machine, s: Shape, rows: int, length: float) -> float
     return rows * length * kept_bytes(s) / machine.copy + max(weights, flop)
 
 
-def steady(machine: Machine, p: dict[str, Any]) -> Prediction:
+def steady(machine: Machine, p: dict[str, Any], body: str = "eager") -> Prediction:
+    """A step of a full batch, against what must be read and multiplied."""
     s = shape_of(p["model"])
-    parts = step_seconds(machine, s, bucket(p["rows"]), p["length"])
+    parts = step_seconds(machine, s, bucket(p["rows"]), p["length"], body)
     return Prediction(in_ms(parts), 1e3 * limit_seconds(machine, s, p["rows"], p["length"]))
 
 
@@ -64,13 +64,13 @@ def mean_length(p: dict[str, Any]) -> float:
     return float((1 - keep ** p["longest"]) / (1 - keep))
 
 
-def generate(machine: Machine, p: dict[str, Any], engine: str = "loop") -> Prediction:
+def generate(machine: Machine, p: dict[str, Any], engine: str = "loop", body: str = "eager") -> Prediction:
     """All samples of all prompts at once, fewer and fewer of them alive."""
     s, rows, keep = shape_of(p["model"]), p["prompts"] * p["n"], 1 - 1 / p["mean"]
-    parts = {"prompts": sum(prompt_seconds(machine, s, p["prompts"] * p["length"]).values())}
+    parts = {"prompts": prompt_seconds(machine, s, p["prompts"] * p["length"])}
     for done in range(0, p["longest"], BURST):
         alive = max(1, round(rows * keep**done))
-        step = step_seconds(machine, s, bucket(alive), p["length"] + done + BURST / 2)
+        step = step_seconds(machine, s, bucket(alive), p["length"] + done + BURST / 2, body)
         step["host"] = (BURST_HOST + alive * ROW_HOST) / BURST
         if engine == "transformers":
             step = continuous(machine, s, alive, sum(step.values()) - step["host"])
@@ -87,15 +87,12 @@ def continuous(machine: Machine, s: Shape, rows: int, device: float) -> dict[str
     return {"device": device, "launch gaps": max(0.0, launches - device), "rows' Python": rows * CONTINUOUS_ROW}
 
 
-def prompt_seconds(machine: Machine, s: Shape, tokens: int) -> dict[str, float]:
-    """The prompts' forward; their attention is short of what matters."""
-    layers, sizes = LAYERS["eager"], (s.width, s.feed_forward, (s.heads + s.kv_heads) * s.head_dim)
-    moved = tokens * s.layers * sum(a * b for a, b in zip(layers.forward, sizes, strict=True))
-    device = products(machine, s, tokens)[0] + stream(machine, moved, machine.eager)
-    host = s.layers * (layers.kernels[0] + PRODUCTS) * machine.host
-    return {"prompts": max(device, host)}
+def prompt_seconds(machine: Machine, s: Shape, tokens: int) -> float:
+    """The prompts' forward, all in one step; their attention is too short to matter."""
+    device = products(machine, s, tokens)[0] + passes(machine, s, tokens, "eager")[0]
+    return max(device, s.layers * (LAYERS["eager"].kernels[0] + PRODUCTS) * machine.host)
 
 
-def against_transformers(machine: Machine, p: dict[str, Any]) -> Prediction:
+def against_transformers(machine: Machine, p: dict[str, Any], body: str = "eager") -> Prediction:
     """Tokens per second by ours over those of transformers' continuous batching."""
-    return Prediction(ratio=generate(machine, p, "transformers").ms / generate(machine, p).ms)
+    return Prediction(ratio=generate(machine, p, "transformers").ms / generate(machine, p, body=body).ms)

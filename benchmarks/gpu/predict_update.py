@@ -23,8 +23,8 @@ from benchmarks.gpu.machine import (
     in_ms,
     stream,
 )
-from benchmarks.gpu.predict_head import DW_TRAFFIC, head_seconds
-from benchmarks.gpu.update import MFU_BUDGET
+from benchmarks.gpu.predict_head import DW_TRAFFIC, head_seconds, peer
+from benchmarks.gpu.update import GROWTH, MFU_BUDGET
 from benchmarks.gpu.update_cases import Workload, gsm8k, long_prompts, rollouts, shapes
 from benchmarks.small_model import Shape
 from fastgrpo.config import GRPOConfig
@@ -213,7 +213,7 @@ def trl(machine: Machine, p: dict[str, Any], small: bool = False) -> Prediction:
     T = rows * length
     scored, batches = rows * longest, work.count / rows
     pairs = 14 * rows * length**2 * s.heads * s.head_dim
-    head = 4 / 3 * sum(head_seconds(machine, scored, s.width, s.vocabulary, True, "two_read")[0].values())
+    head = peer(machine, "trl", {"N": scored, "D": s.width, "V": s.vocabulary}).ms / 1e3
     parts = {
         "products": sum(products(machine, s, T)),
         "layer passes": sum(passes(machine, s, T, layers)),
@@ -260,21 +260,13 @@ def mfu(machine: Machine, p: dict[str, Any], small: bool = False) -> Prediction:
     return Prediction(step.parts, ratio=6 * parameters(s) * tokens / (step.ms / 1e3) / machine.peak)
 
 
-def growth(machine: Machine, p: dict[str, Any], tokens: int | None = None) -> Prediction:
+def growth(machine: Machine, p: dict[str, Any], small: bool = False) -> Prediction:
     """The step without its optimizer for so many tokens; without a number, the extremes' time per token compared."""
-    s, group = shape_of(p["model"]), _equal_group(p["budget"])
-    if tokens is None:
+    s, (prompt, completion, groups) = shape_of(p["model"]), GROWTH[small]
+    if "tokens" not in p:
         sizes = [p["budget"] << i for i in (0, 4)]
-        first, last = (growth(machine, p, size).ms / size for size in sizes)
+        first, last = (growth(machine, {**p, "tokens": size}, small).ms / size for size in sizes)
         return Prediction(ratio=max(first, last) / min(first, last))
-    one = PackedLayout([group[0]] * group[2], [[group[1]] * 8] * group[2])
+    full = PackedLayout([prompt] * groups, [[completion] * 8] * groups)
     norm = 4  # bytes of a parameter
-    return Prediction(in_ms(step_seconds(machine, s, [one] * (tokens // p["budget"]), optimizer=norm)))
-
-
-def _equal_group(budget: int) -> tuple[int, int, int]:
-    """Prompt, completion and groups of a micro-batch of the stage's `growth`."""
-    found = next((x for x in ((128, 112, 8), (8, 7, 2)) if x[2] * (x[0] + 8 * x[1]) == budget), None)
-    if found is None:
-        raise ValueError(f"budget: no micro-batch of growth has {budget} tokens")
-    return found
+    return Prediction(in_ms(step_seconds(machine, s, [full] * (p["tokens"] // full.num_tokens), optimizer=norm)))

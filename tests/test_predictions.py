@@ -20,6 +20,7 @@ from benchmarks.small_model import Shape
 from fastgrpo.policy.attention import Packed, no_mask, register
 from fastgrpo.policy.work import describe_work
 from fastgrpo_kernels import PackedLayout
+from fastgrpo_kernels.head.plan import DEVICE_GRADIENTS, DEVICE_GRADIENTS_FROZEN, DEVICE_LOGITS
 
 _PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 _N = 32768
@@ -57,6 +58,13 @@ def test_the_head_is_near_its_three_products() -> None:
     parts, limit = predict_head.head_seconds(H200, _N, D, V, True)
     assert 1.07 < sum(parts.values()) / (limit - parts["dW traffic"]) < 1.12
     assert limit > 3 * 2 * _N * D * V / H200.peak
+
+
+def test_the_head_s_memory_is_its_budget_and_its_gradients() -> None:
+    for D, V in SIZES:
+        trainable, frozen = (predict_head.peak_bytes(_N, D, V, trainable) for trainable in (True, False))
+        assert DEVICE_GRADIENTS < trainable < DEVICE_GRADIENTS + DEVICE_LOGITS + 4 * V * D + 4 * _N * D
+        assert DEVICE_GRADIENTS_FROZEN / 2 < frozen < DEVICE_GRADIENTS_FROZEN + DEVICE_LOGITS + 4 * _N * D
 
 
 def test_twice_the_rows_take_about_twice_the_time() -> None:

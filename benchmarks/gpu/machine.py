@@ -79,12 +79,13 @@ ATTENTION_BLOCK, SMALL_HEADS = 128, 0.65
 class Prediction:
     """parts: milliseconds by what they are spent on. limit: ms that the row's time is held against.
 
-    ratio: of a row that compares two times; None = ms over limit.
+    ratio: of a row that compares two times; None = ms over limit. peak_bytes: as `Bench.peak_bytes` counts them.
     """
 
     parts: dict[str, float] = field(default_factory=dict)
     limit: float | None = None
     ratio: float | None = None
+    peak_bytes: int | None = None
 
     @property
     def ms(self) -> float:

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.machine import Machine, Prediction, exp_gemm, gemm, in_ms, stream
-from fastgrpo_kernels.head.exp_gemm.config import CONFIGS, TILE_N
+from fastgrpo_kernels.head.exp_gemm.config import CONFIGS, TILE_N, num_tiles
 from fastgrpo_kernels.head.plan import ROW_TILE, HeadPlan, HeadProblem, even_windows, plan_head
 
 DW_TRAFFIC = 8
 """Bytes of an element of the weight's gradient that a chunk reads and writes, fp32, besides its products."""
+
+PAD = 64
+"""Rows of logits and of gradient rows are apart by a multiple of it."""
 
 HOST_OP = 5
 """Operators that the host runs for one of an op's own: checks, views, allocations, autograd."""
@@ -83,8 +86,23 @@ def _statistics(machine: Machine, method: str, rows: int, V: int) -> float:
 
 def head(machine: Machine, p: dict[str, Any]) -> Prediction:
     """A row of the stage `head`."""
-    parts, limit = head_seconds(machine, p["N"], p["D"], p["V"], p["trainable"], p.get("schedule"))
-    return Prediction(in_ms(parts), 1e3 * limit)
+    case = p["N"], p["D"], p["V"], p["trainable"], p.get("schedule")
+    parts, limit = head_seconds(machine, *case)
+    return Prediction(in_ms(parts), 1e3 * limit, peak_bytes=peak_bytes(*case))
+
+
+def peak_bytes(N: int, D: int, V: int, trainable: bool, schedule: str | None = None) -> int:
+    """Beyond the inputs and the gradients that are returned.
+
+    That is in the forward, when the chunk, a window of logits or of tile sums, the scaled rows of h and the fp32
+    gradients are there, or in the backward, when those are rounded.
+    """
+    made, width = plan(N, D, V, trainable, schedule), -(-V // PAD) * PAD
+    window = max(w.stop - w.start for w in made.windows)
+    sums = 8 * window * num_tiles(V) if made.method == "epilogue" else 4 * made.logit_rows * width
+    fp32 = 4 * (N + trainable * V) * D
+    forward = 2 * made.chunk_rows * (width + trainable * D) + sums + fp32
+    return max(forward, fp32 + fp32 // 2) - fp32 // 2
 
 
 def head_gemms(machine: Machine, p: dict[str, Any]) -> Prediction:

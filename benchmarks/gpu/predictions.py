@@ -27,10 +27,6 @@ _Kind = Callable[[Machine, Row, bool], Prediction | None]
 """(machine, row, small form) -> None where the model does not know the row's peer."""
 
 
-def _head(machine: Machine, row: Row, _: bool) -> Prediction | None:
-    return predict_head.head(machine, row["params"])
-
-
 def _peer(machine: Machine, row: Row, _: bool) -> Prediction | None:
     if row["peer"] == "fastgrpo":
         return predict_head.head(machine, row["params"])
@@ -101,7 +97,7 @@ def _of(predict: Callable[..., Prediction], **options: Any) -> _Kind:
 KINDS: dict[tuple[str, str], _Kind] = {
     ("gemm_rate", "limit"): _gemm_rate,
     ("head_gemms", "limit"): _of(predict_head.head_gemms),
-    ("head", "linear_grpo_loss"): _head,
+    ("head", "linear_grpo_loss"): _of(predict_head.head),
     ("peers", "linear_grpo_loss"): _peer,
     ("against", "linear_grpo_loss"): _against,
     ("forward", "token_logprob"): _of(predict_head.token_logprob, backward=False),
@@ -141,6 +137,7 @@ def attach(rows: Sequence[Row], small: bool = False) -> list[Row]:
         if made is not None:
             row = {**row, "predicted_ms": made.ms or None, "predicted_ratio": made.compared}
             row["predicted_parts"] = {name: round(ms, 4) for name, ms in made.parts.items()}
+            row |= {"predicted_peak_bytes": made.peak_bytes} if made.peak_bytes else {}
         found.append(row)
     return found
 
@@ -188,7 +185,10 @@ def figures() -> Iterator[Figure]:
         for trainable in (True, False):
             name = f"head, D={D}, V={V}, {'trainable' if trainable else 'frozen'}: over its GEMMs"
             p = {"N": 32768, "D": D, "V": V, "trainable": trainable, "schedule": None}
-            yield _figure(name, head.REQUIRED[D, trainable], True, "head", "linear_grpo_loss", "fastgrpo", **p)
+            found = _figure(name, head.REQUIRED[D, trainable], True, "head", "linear_grpo_loss", "fastgrpo", **p)
+            yield found
+            peak = Prediction(ratio=(found.predicted.peak_bytes or 0) / 1e9)
+            yield Figure(name.replace("over its GEMMs", "peak GB"), head.PEAK_BYTES[trainable] / 1e9, peak, True)
     rows = {"N": 4096, "V": 151936}
     for case, op in (("forward", "token_logprob"), ("backward", "token_logprob"), ("single_read", "head")):
         yield _figure(f"pass: {op}, {case}: over a copy", 1 / passes.MUST_SHARE, True, case, op, "fastgrpo", **rows)

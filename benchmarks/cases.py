@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import groupby
 from typing import Any
 
@@ -20,6 +21,9 @@ from torch import Tensor
 
 OURS = "fastgrpo"
 """The peer that the others are compared with."""
+
+DEVICE = torch.device(os.environ.get("FASTGRPO_BENCH_DEVICE", "cpu"))
+"""Where the ops' cases run and how large they are: bf16 and GPU sizes on cuda, fp32 and small ones on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,11 @@ class Case:
     run:       inputs -> result; timed. A function of a module, so that a fresh process can find it.
     errors:    (inputs, result) -> how wrong the result is, by name.
     tolerance: the largest error of each name that still counts as right.
-    rounds:    timed runs, each on its own inputs.
+    rounds:    timed runs, each on its own inputs; 0: memory alone.
+    needs:     the package without which the peer is absent.
+    weighed:   whether its peak memory is measured, by two more runs in a process of its own.
+    flops:     what no way to do the job can leave out, in floating-point operations,
+    moved:     and in bytes read and written: with the measured rates, the limit that times are held against.
     """
 
     op: str
@@ -46,6 +54,15 @@ class Case:
     errors: Callable[[Any, Any], dict[str, float]]
     tolerance: dict[str, float]
     rounds: int = 5
+    needs: str | None = None
+    weighed: bool = True
+    flops: float = 0.0
+    moved: float = 0.0
+
+    @property
+    def absent(self) -> bool:
+        """Its package is not installed."""
+        return self.needs is not None and find_spec(self.needs) is None
 
     @property
     def size(self) -> str:
@@ -106,7 +123,8 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="count no turns that other programs had")
     arguments = parser.parse_args()
     module = importlib.import_module(arguments.module)
-    chosen = [case for case in [*module.CASES, *getattr(module, "MORE", [])] if arguments.word in case.size]
+    every = [*module.CASES, *getattr(module, "MORE", [])]
+    chosen = [case for case in every if arguments.word in case.size and not case.absent]
     for size, group in groupby(chosen, key=lambda case: case.size):
         cases = list(group)
         seconds = interleaved(cases, arguments.rounds, time.process_time if arguments.cpu_time else time.perf_counter)

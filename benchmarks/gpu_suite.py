@@ -45,6 +45,8 @@ STAGES = (
     Stage("tests", "checks:tests", 150),
     Stage("update", "update:update", 330),
     Stage("rollout", "rollout:rollout", 240),
+    Stage("train", "algorithms:train", 90),
+    Stage("algorithms", "algorithms:algorithms", 150),
     Stage("attention", "attention:attention", 60),
     Stage("numerics", "head:numerics", 80),
     Stage("head", "head:head", 150),
@@ -100,7 +102,7 @@ def suite(args: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.gpu.bench import write_json
     from benchmarks.gpu.checks import versions
     from benchmarks.gpu.predictions import attach
-    from benchmarks.results import _commit
+    from benchmarks.results import _commit, common
 
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -108,6 +110,10 @@ def suite(args: argparse.Namespace) -> dict[str, Any]:
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     header = {"commit": _commit(), "versions": versions(), "device": args.device, "date": date, "small": args.small}
     found: dict[str, Any] = {**header, "stages": {}, "results": []}
+
+    def keep() -> None:
+        write_json(args.out / "results.json", {**found, "results": [common(row) for row in found["results"]]})
+
     with tempfile.TemporaryDirectory() as site:
         if args.wheels:
             unpack(args.wheels, site)
@@ -123,10 +129,10 @@ def suite(args: argparse.Namespace) -> dict[str, Any]:
             found["results"] += rows
             if stage.name == "environment" and rows:
                 found["device"] = rows[0]["params"].get("gpu", args.device)
-            write_json(args.out / "results.json", found)
+            keep()
             print(f"{stage.name}: {fault or 'done'}, {len(rows)} rows", flush=True)
     found["results"] = attach(found["results"], args.small)
-    write_json(args.out / "results.json", found)
+    keep()
     return found
 
 

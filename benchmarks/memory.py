@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
 import multiprocessing
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cases import Case
 
@@ -28,21 +28,21 @@ def peak_extra_bytes(case: Case, processes: BaseContext) -> int:
     """Bytes resident at the peak of one run beyond those resident before it.
 
     What the run returns and leaves behind, gradients above all, is counted; weights and inputs are not. The run before
-    it, in the same process, has already loaded code and filled the libraries' own caches.
+    it, in the same process, has already loaded code and filled the libraries' own caches. BrokenProcessPool when the
+    process does not survive: where memory runs out, the system kills it.
     """
     with ProcessPoolExecutor(1, mp_context=processes) as process:
-        return process.submit(_measure, case.module, case.name).result()
+        return process.submit(_measure, case.inputs, case.run).result()
 
 
-def _measure(module: str, name: str) -> int:
-    case = next(case for case in importlib.import_module(module).CASES if case.name == name)
-    case.run(case.inputs(0))
-    inputs = case.inputs(1)
+def _measure(make_inputs: Callable[[int], Any], run: Callable[[Any], Any]) -> int:
+    run(make_inputs(0))
+    inputs = make_inputs(1)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # pages freed but kept would hide what the run needs
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here: proc(5)
     before = _resident("VmRSS")
-    case.run(inputs)
+    run(inputs)
     return _resident("VmHWM") - before
 
 

@@ -10,7 +10,7 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -91,6 +91,14 @@ def make_ending(model: Any, prompts: Sequence[list[int]], *, end: int, mean: flo
     logits[:, end] = -inf
     wanted = logits.logsumexp(1).mean() - log(mean - 1)
     embedding[end, 0] = wanted / hidden[:, 0].float().mean()
+
+
+def make_word_tokenizer(size: int) -> Any:
+    """`size` words, the number of each its id, apart by spaces; but 0 pads, 1 ends a sequence, and have other names."""
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {str(i): i for i in range(2, size)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
 
 def lognormal_lengths(count: int, median: float, sigma: float, longest: int | None = None) -> list[int]:

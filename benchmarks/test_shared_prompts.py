@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -150,6 +149,7 @@ def _cases(op: str, params: dict[str, Any], lengths: Lengths, plain: str, rounds
             errors=partial(errors, true=true),
             tolerance={"states" if run is body else "loss": 1e-5, "gradient": 1e-4, "missing_gradients": 0},
             rounds=rounds,
+            weighed=False,  # a run takes seconds
         )
         for peer in (plain, OURS)
     ]
@@ -161,19 +161,13 @@ def _shared(op: str, count: int) -> list[Case]:
     return _cases(op, params, lengths, "unshared", rounds=2)
 
 
-CASES = [case for op in ("shared_body", "shared_update") for case in _shared(op, 1)] + [
+CASES = _shared("shared_body", 1) + [
     case
     for name, lengths in _ALONE.items()
-    for case in _cases("nothing_shared", {"lengths": name}, lengths, "plain", rounds=5)
+    for case in _cases("nothing_shared", {"lengths": name}, lengths, "plain", rounds=3)
 ]
-MORE = [case for op in ("shared_body", "shared_update") for case in _shared(op, 2)]
+MORE = _shared("shared_update", 1) + [case for op in ("shared_body", "shared_update") for case in _shared(op, 2)]
 
 
-@pytest.fixture(scope="session")
-def processes() -> None:
-    """No memory figures: a run takes seconds, and these would be as many runs again."""
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_shared_prompts(case: Case, measure: Callable[[Case], None]) -> None:
     measure(case)

@@ -5,22 +5,31 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
-import pytest
 import torch
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from benchmarks.cases import OURS, Case, clipped_loss, relative_error
-from benchmarks.small_model import SMALL, dapo, gradient_errors, lognormal_lengths, make_model, make_rollouts, truth
+from benchmarks.small_model import (
+    MEDIUM,
+    SMALL,
+    Shape,
+    dapo,
+    gradient_errors,
+    lognormal_lengths,
+    make_model,
+    make_rollouts,
+    truth,
+)
 from fastgrpo.loss import policy_loss
 from fastgrpo.packing import denominators, pack
 from fastgrpo.policy import Policy
 from fastgrpo.records import Rollout
 from fastgrpo_kernels import LossConfig
 
-_PROMPTS, _GENERATIONS = 4, 4
+_GENERATIONS = 4
 _MEDIAN, _SIGMA = 48, 0.6  # of the completions' lengths in tokens, and of the lengths' logarithms
 
 
@@ -32,30 +41,23 @@ class Inputs:
     model: Qwen3ForCausalLM
 
 
-def _rollouts(seed: int) -> list[Rollout]:
+def _rollouts(seed: int, prompts: int, shape: Shape) -> list[Rollout]:
     """Prompts of 16 to 40 tokens, old log-probs on both sides of the clip range, lengths in an order of the seed's."""
-    count = _PROMPTS * _GENERATIONS
+    count = prompts * _GENERATIONS
     lengths = random.Random(seed).sample(lognormal_lengths(count, _MEDIAN, _SIGMA), count)
     groups = [lengths[i : i + _GENERATIONS] for i in range(0, count, _GENERATIONS)]
-    return make_rollouts(SMALL, [16 + 8 * i for i in range(_PROMPTS)], groups, seed, on_policy=False)
+    return make_rollouts(shape, [16 + 8 * (i % 4) for i in range(prompts)], groups, seed, on_policy=False)
 
 
 @cache
-def _model(packed: bool) -> Qwen3ForCausalLM:
-    return make_model(packed=packed)
+def _model(packed: bool, shape: Shape) -> Qwen3ForCausalLM:
+    return make_model(shape, packed=packed)
 
 
-def packed_inputs(seed: int) -> Inputs:
-    return _without_gradients(seed, _model(packed=True))
-
-
-def padded_inputs(seed: int) -> Inputs:
-    return _without_gradients(seed, _model(packed=False))
-
-
-def _without_gradients(seed: int, model: Qwen3ForCausalLM) -> Inputs:
+def make_inputs(seed: int, prompts: int, packed: bool, shape: Shape) -> Inputs:
+    model = _model(packed, shape)
     model.zero_grad(set_to_none=True)
-    return Inputs(_rollouts(seed), model)
+    return Inputs(_rollouts(seed, prompts, shape), model)
 
 
 def packed(x: Inputs) -> Tensor:
@@ -85,48 +87,45 @@ def padded(x: Inputs) -> Tensor:
     return loss.detach()
 
 
-def errors(x: Inputs, loss: Tensor) -> dict[str, float]:
-    true_loss, true_gradients = _truth()
+def errors(x: Inputs, loss: Tensor, shape: Shape) -> dict[str, float]:
+    true_loss, true_gradients = _truth(len(x.rollouts) // _GENERATIONS, shape)
     scale = 1 / sum(r.num_tokens for r in x.rollouts)
     return {"loss": relative_error(loss, scale * true_loss), **gradient_errors(x.model, true_gradients, scale)}
 
 
 @cache
-def _truth() -> tuple[Tensor, list[Tensor]]:
-    return truth(SMALL, _rollouts(0), dapo)
+def _truth(prompts: int, shape: Shape) -> tuple[Tensor, list[Tensor]]:
+    return truth(shape, _rollouts(0, prompts, shape), dapo)
 
 
-def _params() -> tuple[dict[str, object], int]:
-    """The size, and the tokens that are not padding."""
-    lengths = [len(r.prompt.token_ids) + r.num_tokens for r in _rollouts(0)]
+def cases(prompts: int, shape: Shape = SMALL, rounds: int = 5) -> list[Case]:
+    """`tokens` counts those that are not padding."""
+    lengths = [len(r.prompt.token_ids) + r.num_tokens for r in _rollouts(0, prompts, shape)]
     params = {
-        "model": SMALL.name,
-        "prompts": _PROMPTS,
+        "model": shape.name,
+        "prompts": prompts,
         "n": _GENERATIONS,
         "lengths": f"lognormal({_MEDIAN},{_SIGMA})",
         "padding": round(1 - sum(lengths) / (len(lengths) * max(lengths)), 2),
     }
-    return params, sum(lengths)
+    return [
+        Case(
+            op="update",
+            peer=peer,
+            params=params,
+            tokens=sum(lengths),
+            inputs=partial(make_inputs, prompts=prompts, packed=peer == OURS, shape=shape),
+            run=run,
+            errors=partial(errors, shape=shape),
+            tolerance={"loss": 1e-5, "gradient": 1e-4, "missing_gradients": 0},
+            rounds=rounds,
+        )
+        for peer, run in (("padded", padded), (OURS, packed))
+    ]
 
 
-_PARAMS, _TOKENS = _params()
-_PEERS = {"padded": (padded_inputs, padded), OURS: (packed_inputs, packed)}
-CASES = [
-    Case(
-        op="update",
-        peer=peer,
-        params=_PARAMS,
-        tokens=_TOKENS,
-        inputs=inputs,
-        run=run,
-        errors=errors,
-        tolerance={"loss": 1e-5, "gradient": 1e-4, "missing_gradients": 0},
-        rounds=11,
-    )
-    for peer, (inputs, run) in _PEERS.items()
-]
+CASES = [*cases(prompts=4), *cases(prompts=4, shape=MEDIUM, rounds=3)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_update(case: Case, measure: Callable[[Case], None]) -> None:
     measure(case)

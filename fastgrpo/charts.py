@@ -90,7 +90,7 @@ def draw(
             return _path(x, BOX - (part.values - low) / (high - low) * BOX)
 
         thin = _thin(series)
-        mean = path(_thin(Series(series.steps, _moving_mean(series.values, window)))) if _noisy(series) else ""
+        mean = path(_thin(Series(series.steps, moving_mean(series.values, window)))) if _noisy(series) else ""
         values = [float(f"{value:.6g}") if math.isfinite(value) else None for value in thin.values.tolist()]
         dots = series.steps.size < SPARSE
         lines.append(Line(label, path(thin), mean, dots, thin.steps.tolist(), values, float(series.finite[-1])))
@@ -141,7 +141,7 @@ def _noisy(series: Series) -> bool:
     return bool(series.steps.size >= SPARSE and way > 3 * np.ptp(series.finite))
 
 
-def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
+def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
     """[n] mean of the finite values among the `window` (odd) around each; NaN where the value itself is NaN."""
     known = np.isfinite(values)
     box = np.ones(window)

@@ -1,4 +1,4 @@
-"""The command `fastgrpo`: train, eval, report, doctor.
+"""The command `fastgrpo`: train, eval, plan, bench, report, doctor.
 
 Options are read and checked before torch is imported. Every expected error is one line on stderr and exit code 2;
 `FASTGRPO_TRACEBACK=1` shows where it came from. A run stopped by a signal, its state saved, exits with 128 + signal.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.config import ConfigError, RunConfig, nearest
+from fastgrpo.config import ConfigError, GRPOConfig, RunConfig, nearest
 from fastgrpo.errors import RunError
 from fastgrpo.options import GROUPS, TaskOptions
 
@@ -24,6 +25,8 @@ _USAGE = """usage: fastgrpo COMMAND ...
   fastgrpo train CONFIG.yaml [--option value ...]   train; the same command again goes on where the run stopped
   fastgrpo eval CONFIG.yaml [--option value ...]    sample and score the evaluation prompts, print the figures
   fastgrpo report RUN_DIR                           (re)make RUN_DIR/report.html
+  fastgrpo plan CONFIG.yaml [--gpu NAME ...]        predict its memory by part and its seconds by stage
+  fastgrpo bench [--suite SUITE] [--peer PEER]      time, memory and correctness beside other packages'
   fastgrpo doctor                                   what this machine offers, and what is missing
 
 fastgrpo COMMAND --help tells more; train --help lists every option."""
@@ -44,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         "train": _train,
         "eval": _eval,
         "report": _report,
+        "plan": _plan,
+        "bench": _bench,
         "doctor": _doctor,
     }
     if argv[0] not in commands:
@@ -104,6 +109,31 @@ def _report(argv: list[str]) -> int:
     return 0
 
 
+def _plan(argv: list[str]) -> int:
+    from fastgrpo.plan.command import make_parser, print_table, run
+
+    parser = make_parser()
+    asked, rest = parser.parse_known_args(argv)
+    if asked.table or asked.into:
+        return print_table(asked.into)
+    options = _read_options(rest, "plan", own=[word for a in parser._actions for word in a.option_strings])
+    if not options["model"]:
+        raise ConfigError("model is required: set it in the config file or with --model")
+    config = GRPOConfig(**{f.name: options[f.name] for f in fields(GRPOConfig)})
+    return run(asked, options["model"], config)
+
+
+def _bench(argv: list[str]) -> int:
+    """The benchmarks are no part of the installed package: they are found beside it, in a clone."""
+    import importlib
+
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "__main__.py").exists():
+        raise ConfigError("bench runs from a clone of the repository, installed with pip install -e '.[bench]'")
+    sys.path.insert(0, str(root))
+    return int(importlib.import_module("benchmarks.__main__").main(argv))
+
+
 def _doctor(argv: list[str]) -> int:
     from fastgrpo.doctor import describe_machine
 
@@ -126,6 +156,13 @@ def _make_trainer(config: RunConfig) -> Any:
 
 def _read_command(argv: list[str], command: str) -> tuple[RunConfig, str]:
     """CONFIG.yaml and overrides -> (every option, resume). The config's folder can be imported from."""
+    options = _read_options(argv, command)
+    resume = options.pop("resume", "auto")
+    return RunConfig(**options), resume
+
+
+def _read_options(argv: list[str], command: str, own: Iterable[str] = ()) -> dict[str, Any]:
+    """Every option's value. own: flags of the command itself, for a misspelt one's nearest."""
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(
@@ -149,15 +186,14 @@ def _read_command(argv: list[str], command: str) -> tuple[RunConfig, str]:
         contents = _read_file(argv[0], known)
         sys.path.insert(0, str(Path(argv[0]).resolve().parent))
         argv = ["--config", contents, *argv[1:]]
-    _check_spelling(argv, known)
+    _check_spelling(argv, known, [word.removeprefix("--") for word in own])
     try:
         options = parser.parse_args(_lists(argv)).as_dict()
     except jsonargparse.ArgumentError as error:
         hint = "; CONFIG.yaml comes first" if "unrecognized" in str(error) else ""
         raise ConfigError(_one_line(error) + hint) from error
-    resume = options.pop("resume", "auto")
     options.pop("config")
-    return RunConfig(**options), resume
+    return dict(options)
 
 
 def _lists(argv: list[str]) -> list[str]:
@@ -189,12 +225,12 @@ def _read_file(path: str, known: list[str]) -> str:
     return yaml.safe_dump(contents)
 
 
-def _check_spelling(argv: list[str], known: list[str]) -> None:
+def _check_spelling(argv: list[str], known: list[str], own: list[str]) -> None:
     for word in argv:
         if word.startswith("--") and word not in ("--help", "--config"):
             name = word[2:].split("=")[0].split(".")[0].rstrip("+")
             if name not in known and not name.startswith("print_config"):
-                raise ConfigError(f"unknown option --{name}{nearest(name, known)}")
+                raise ConfigError(f"unknown option --{name}{nearest(name, [*known, *own])}")
 
 
 def _one_line(error: BaseException) -> str:

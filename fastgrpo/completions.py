@@ -33,7 +33,7 @@ def write_completions(folder: str | Path, step: int, rollouts: Sequence[Rollout]
     for name in functions:
         columns[f"rewards/{name}"] = (pyarrow.float64(), [plain(rollout.rewards.get(name)) for rollout in rollouts])
     columns |= {
-        "advantage": (pyarrow.float64(), [plain(rollout.advantage) for rollout in rollouts]),
+        "advantage": (pyarrow.float64(), [plain(_advantage(rollout)) for rollout in rollouts]),
         "num_tokens": (pyarrow.int64(), [rollout.num_tokens for rollout in rollouts]),
         "finished": (pyarrow.bool_(), [rollout.finished for rollout in rollouts]),
     }
@@ -45,6 +45,11 @@ def write_completions(folder: str | Path, step: int, rollouts: Sequence[Rollout]
     with replacing(path) as temporary:
         pyarrow.parquet.write_table(table, temporary, compression="zstd")
     return path
+
+
+def _advantage(rollout: Rollout) -> float:
+    """Of its tokens the mean, where each has its own."""
+    return rollout.advantage if rollout.advantages is None else rollout.advantages.mean().item()
 
 
 def _text(content: Any) -> str:

@@ -10,6 +10,7 @@ import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from fastgrpo.algorithms import ALGORITHMS, Algorithm
 from fastgrpo.options import (
     AdvantageOptions,
     DataOptions,
@@ -42,13 +43,14 @@ _POSITIVE = (
     *("ref_model_sync_steps", "num_iterations", "num_minibatches", "max_tokens_per_microbatch", "adam_epsilon"),
     *("max_skipped_steps", "eval_max_prompts", "eval_num_generations", "eval_temperature"),
     *("eval_max_completion_length", "save_total_limit", "gradient_checkpointing_every", "rollout_timeout"),
-    *("vllm_server_timeout",),
+    *("vllm_server_timeout", "cliprange_value"),
 )
 _NOT_NEGATIVE = (
     *("seed", "epsilon", "epsilon_high", "beta", "sampling_clip_min", "learning_rate", "warmup_steps"),
-    *("weight_decay", "max_grad_norm", "eval_steps", "save_steps", "top_k"),
+    *("weight_decay", "max_grad_norm", "eval_steps", "save_steps", "top_k", "kl_coef", "critic_learning_rate"),
 )
-_SHARES = ("min_p", "lora_dropout", "ref_model_mixup_alpha", "min_lr_ratio", "adam_beta1", "adam_beta2")
+_SHARES = ("min_p", "lora_dropout", "ref_model_mixup_alpha", "min_lr_ratio", "adam_beta1", "adam_beta2", "gamma", "lam")
+_CRITIC = ("lam", "critic_model", "critic_learning_rate", "cliprange_value")
 
 
 class ConfigError(ValueError):
@@ -89,10 +91,27 @@ class GRPOConfig(
         _require(self, "max_steps", lambda v: v == -1 or v > 0, "-1 or greater than 0")
         _require(self, "seed", lambda v: v < 2**63, "less than 2**63")
         _require(self, "output_dir", bool, "a folder's name")
+        self._follow_algorithm()
         self._check_combinations()
 
+    def _follow_algorithm(self) -> None:
+        """What was left to the algorithm gets its value; what contradicts the algorithm is an error."""
+        algorithm = self._algorithm
+        left = {"advantage_whitening": False, "kl_coef": 0.0, **algorithm.defaults}
+        for name, value in {**left, **algorithm.decides}.items():
+            given = getattr(self, name)
+            if given is None or given == "auto":
+                setattr(self, name, value)
+            elif name in algorithm.decides and given != value:
+                raise ConfigError(f"{name}={given!r} contradicts algorithm={self.algorithm}, where it is {value!r}")
+        changed = [f.name for f in fields(self) if f.name in _CRITIC and getattr(self, f.name) != f.default]
+        if changed and not algorithm.critic:
+            raise ConfigError(f"{changed[0]} is for a critic, and algorithm={self.algorithm} has none")
+
     def _check_combinations(self) -> None:
-        if self.advantage_baseline != "none" and self.num_generations < 2:
+        if self.advantage_baseline == "batch" and self.samples_per_batch < 2:
+            raise ConfigError("advantage_baseline=batch needs num_prompts_per_step * num_generations of 2 or more")
+        if self.advantage_baseline in ("mean", "leave_one_out") and self.num_generations < 2:
             raise ConfigError(
                 f"num_generations={self.num_generations}: a group needs 2 or more for advantage_baseline="
                 f"{self.advantage_baseline}"
@@ -117,12 +136,12 @@ class GRPOConfig(
             raise ConfigError(
                 "sampling_correction must be none or a token mode, not a sequence mode, for loss_type=vespo"
             )
-        if self.dynamic_sampling and self.advantage_baseline == "none":
-            raise ConfigError("dynamic_sampling needs a baseline: without one every group carries a signal")
+        if self.dynamic_sampling and self.advantage_baseline in ("none", "batch"):
+            raise ConfigError("dynamic_sampling needs a baseline in the group: without it every group carries a signal")
         if self.reward_weights is not None and not any(self.reward_weights):
             raise ConfigError("reward_weights are all 0: nothing would be rewarded")
-        if self.sync_ref_model and self.beta == 0:
-            raise ConfigError("sync_ref_model needs a reference model: set beta above 0")
+        if self.sync_ref_model and not self.needs_reference:
+            raise ConfigError("sync_ref_model needs a reference model: set beta or kl_coef above 0")
         if self.sync_ref_model and self.use_peft:
             raise ConfigError(
                 "sync_ref_model and use_peft exclude each other: the reference is the model without adapters"
@@ -156,6 +175,25 @@ class GRPOConfig(
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, in the order of the groups."""
         return asdict(self)
+
+    @property
+    def _algorithm(self) -> Algorithm:
+        return ALGORITHMS[self.algorithm]
+
+    @property
+    def per_token(self) -> bool:
+        """Has each token an advantage of its own?"""
+        return self._algorithm.per_token
+
+    @property
+    def has_critic(self) -> bool:
+        """Does a critic learn beside the policy?"""
+        return self._algorithm.critic
+
+    @property
+    def needs_reference(self) -> bool:
+        """Is the policy compared with a reference model, in the loss or in the reward?"""
+        return self.beta > 0 or bool(self.kl_coef)
 
     @property
     def filters(self) -> str:
@@ -201,7 +239,8 @@ def decisive_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if new.get("lr_scheduler_type") != "constant":
         free = free - {"max_steps", "num_train_epochs"}  # the learning rate's course hangs on the last step
     # An option that did not exist when the run was saved has its default there.
-    old = {f.name: f.default for f in fields(RunConfig) if f.name in new and f.default is not MISSING} | old
+    defaults = {f.name: f.default for f in fields(RunConfig) if f.default is not MISSING} | GRPOConfig().to_dict()
+    old = {name: value for name, value in defaults.items() if name in new} | old
     names = [n for n in {**old, **new} if n not in free]
     return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
 
@@ -216,7 +255,7 @@ _HINTS: dict[type, dict[str, Any]] = {}
 
 
 def _check_type(config: GRPOConfig, name: str) -> None:
-    hints = _HINTS.setdefault(type(config), get_type_hints(type(config)))
+    hints = _HINTS.get(type(config)) or _HINTS.setdefault(type(config), get_type_hints(type(config)))
     value = getattr(config, name)
     if not _matches(value, hints[name]):
         text = getattr(hints[name], "__name__", None) if isinstance(hints[name], type) else None

@@ -12,16 +12,20 @@ from fastgrpo.config import GRPOConfig
 from fastgrpo.errors import RunError
 
 
-def learning_rate(step: int, total_steps: int, config: GRPOConfig) -> float:
-    """The rate of optimizer step `step` (the first is 1): of the step alone, so there is nothing to resume."""
+def learning_rate(step: int, total_steps: int, config: GRPOConfig, peak: float | None = None) -> float:
+    """The rate of optimizer step `step` (the first is 1): of the step alone, so there is nothing to resume.
+
+    peak: the highest rate; default: `config.learning_rate`.
+    """
+    peak = config.learning_rate if peak is None else peak
     if step <= config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
+        return peak * step / config.warmup_steps
     if config.lr_scheduler_type == "constant":
-        return config.learning_rate
+        return peak
     done = (step - 1 - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
     done = min(done, 1.0)
     falling = 1 - done if config.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * falling)
+    return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * falling)
 
 
 class Optimizer:

@@ -204,21 +204,37 @@ class RewardOptions:
 
 @dataclass(kw_only=True)
 class AdvantageOptions:
-    """Advantages: from rewards to what each completion is worth.
+    """Advantages: from rewards to what each completion, or each of its tokens, is worth. See docs/algorithms.md.
 
     Attributes:
-        advantage_baseline: Subtracted from rewards: the group's mean (GRPO), the mean of the others (RLOO), nothing.
+        algorithm: Who is compared with whom. Decides some of the options below; those left out are the algorithm's.
+        advantage_baseline: Subtracted from rewards: the group's mean (GRPO), the mean of the group's others (RLOO), of
+            the batch's others, nothing.
         scale_rewards: Divided by: the group's standard deviation, the batch's, nothing (Dr. GRPO).
-        advantage_whitening: Whiten the advantages over the batch afterwards (REINFORCE++).
+        advantage_whitening: Whiten the advantages over the batch afterwards (REINFORCE++, PPO).
         multi_objective_aggregation: Several rewards: sum, then normalise; or normalise each in its group first (GDPO).
         mask_truncated_completions: Completions cut by the length limit do not train, but count in their group.
+        kl_coef: Weight of the KL penalty in the reward of each token; above 0 it needs a reference model. Default: 0.05
+            for ppo, 0.01 for reinforce_pp, 0 for the others.
+        gamma: Discount of the reward, per token; all but grpo.
+        lam: Decay of GAE's trace; ppo.
+        critic_model: Where ppo's critic begins: hub name, folder or "module:function". Default: the policy's weights.
+        critic_learning_rate: Its peak learning rate.
+        cliprange_value: How far a value may move in an update before it is no longer trained; null = any.
     """
 
-    advantage_baseline: Literal["mean", "leave_one_out", "none"] = "mean"
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    advantage_whitening: bool = False
+    algorithm: Literal["grpo", "rloo", "reinforce", "reinforce_baseline", "reinforce_pp", "ppo"] = "grpo"
+    advantage_baseline: Literal["auto", "mean", "leave_one_out", "batch", "none"] = "auto"
+    scale_rewards: Literal["auto", "group", "batch", "none"] = "auto"
+    advantage_whitening: bool | None = None
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     mask_truncated_completions: bool = False
+    kl_coef: float | None = None
+    gamma: float = 1.0
+    lam: float = 0.95
+    critic_model: str | None = None
+    critic_learning_rate: float = 1e-5
+    cliprange_value: float | None = 0.2
 
 
 @dataclass(kw_only=True)
@@ -231,7 +247,7 @@ class LossOptions:
         epsilon: Lower clip range of the ratio.
         epsilon_high: Upper clip range; for cispo the cap itself. Default: epsilon.
         delta: Upper cap of the unclipped ratio (two-sided clipping).
-        beta: Weight of the KL term against the reference model; 0 loads none.
+        beta: Weight of the KL term against the reference model; 0 = no such term.
         kl_estimator: k1, k2 or k3 (Schulman's estimators).
         kl_bias_correction: Multiply the KL term by the ratio.
         entropy_coef: Weight of the entropy bonus.

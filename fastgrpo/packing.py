@@ -5,14 +5,14 @@ As few micro-batches as the budget allows, weighed against one another by the wo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgrpo.records import Denominators, PackedBatch, Rollout, Work
+from fastgrpo.records import PER_TOKEN, Denominators, PackedBatch, Rollout, Work
 from fastgrpo_kernels import PackedLayout
 
 _TOKENS = Work(per_token=1.0, per_scored=0.0, attention=())
@@ -33,7 +33,7 @@ def denominators(rollouts: list[Rollout], *, mask_truncated: bool) -> Denominato
 
 def select(rollouts: list[Rollout], *, mask_truncated: bool, skip_zero: bool) -> list[Rollout]:
     """The completions that must be computed. `skip_zero` drops those of zero advantage; only when that is exact."""
-    return [r for r in rollouts if trains(r, mask_truncated=mask_truncated) and not (skip_zero and r.advantage == 0.0)]
+    return [r for r in rollouts if trains(r, mask_truncated=mask_truncated) and not (skip_zero and r.dead)]
 
 
 def pack(rollouts: list[Rollout], *, max_tokens: int, share: bool = False, work: Work = _TOKENS) -> list[PackedBatch]:
@@ -42,13 +42,19 @@ def pack(rollouts: list[Rollout], *, max_tokens: int, share: bool = False, work:
 
 
 def pack_lazily(
-    rollouts: list[Rollout], *, max_tokens: int, share: bool = False, work: Work = _TOKENS
+    rollouts: list[Rollout],
+    *,
+    max_tokens: int,
+    share: bool = False,
+    work: Work = _TOKENS,
+    numbers: Sequence[str] = PER_TOKEN,
 ) -> Iterator[PackedBatch]:
     """Cut into micro-batches of at most `max_tokens` tokens, on the CPU; one longer sequence goes alone.
 
     share: completions of the same prompt tokens go together, and their prompt is there once in each micro-batch; they
     are parted, and the prompt repeated, only where they exceed the budget.
     work: what tokens cost; the micro-batches, no more of them than the tokens ask for, are to cost the same.
+    numbers: which of the rollouts' numbers per token go along.
     The same rollouts give the same micro-batches. Raises ValueError, with the numbers, for a budget below 1, a prompt
     or completion without tokens, and log-probs that are not one per token.
     """
@@ -68,7 +74,7 @@ def pack_lazily(
     sizes = [prompts[unit[0]] + sum(tokens) for unit, tokens in zip(units, lengths, strict=True)]
     costs = [work.of(prompts[unit[0]], tokens) for unit, tokens in zip(units, lengths, strict=True)]
     for chosen in _balanced(sizes, costs, max_tokens):
-        yield _pack_one(rollouts, [units[u] for u in chosen], sum(costs[u] for u in chosen))
+        yield _pack_one(rollouts, [units[u] for u in chosen], sum(costs[u] for u in chosen), numbers)
 
 
 def _check(i: int, rollout: Rollout) -> None:
@@ -78,10 +84,10 @@ def _check(i: int, rollout: Rollout) -> None:
             f"rollouts[{i}]: a prompt of {len(rollout.prompt.token_ids)} tokens and a completion of {tokens}, but both "
             "must have one at least"
         )
-    for name in ("sampling_logprob", "old_logprob", "ref_logprob"):
-        logprob = getattr(rollout, name)
-        if logprob is not None and tuple(logprob.shape) != (tokens,):
-            raise ValueError(f"rollouts[{i}].{name}: {list(logprob.shape)} log-probs for {tokens} tokens")
+    for name in PER_TOKEN:
+        values = getattr(rollout, name)
+        if values is not None and tuple(values.shape) != (tokens,):
+            raise ValueError(f"rollouts[{i}].{name}: {list(values.shape)} numbers for {tokens} tokens")
 
 
 def _balanced(sizes: list[int], costs: list[float], capacity: int) -> list[list[int]]:
@@ -128,7 +134,7 @@ def _least_work(sizes: list[int], costs: list[float], capacity: int, count: int)
     return [sorted(members) for members in bins if members]
 
 
-def _pack_one(rollouts: list[Rollout], units: list[list[int]], work: float) -> PackedBatch:
+def _pack_one(rollouts: list[Rollout], units: list[list[int]], work: float, numbers: Sequence[str]) -> PackedBatch:
     """units: the completions that share a prompt, or one alone, which is then one plain sequence with its prompt."""
     shared = [[rollouts[i] for i in unit] for unit in units if len(unit) > 1]
     members = [unit[0] for unit in units if len(unit) == 1] + [i for unit in units if len(unit) > 1 for i in unit]
@@ -149,6 +155,8 @@ def _pack_one(rollouts: list[Rollout], units: list[list[int]], work: float) -> P
     predictor = _ranges(torch.tensor(first) - 1, completions)
     predictor[cu_seqlens[:-1].long()] = torch.tensor(before)
     tokens = [t for ids in prompts for t in ids] + [t for group in shared for r in group for t in r.token_ids]
+    per_token = {name: _joined(chosen, name) if name in numbers else None for name in PER_TOKEN}
+    advantages = per_token.pop("advantages")
     return PackedBatch(
         input_ids=torch.tensor(tokens, dtype=torch.int64),
         layout=PackedLayout(
@@ -157,10 +165,8 @@ def _pack_one(rollouts: list[Rollout], units: list[list[int]], work: float) -> P
         predictor_index=predictor,
         target=torch.tensor([t for r in chosen for t in r.token_ids], dtype=torch.int64),
         cu_seqlens=cu_seqlens,
-        advantage=torch.tensor([r.advantage for r in chosen]),
-        old_logprob=_joined([r.old_logprob for r in chosen]),
-        ref_logprob=_joined([r.ref_logprob for r in chosen]),
-        sampling_logprob=_joined([r.sampling_logprob for r in chosen]),
+        advantage=torch.tensor([r.advantage for r in chosen]) if advantages is None else advantages,
+        **per_token,
         members=tuple(members),
         work=work,
     )
@@ -172,11 +178,11 @@ def _ranges(first: Tensor, lengths: Tensor) -> Tensor:
     return torch.arange(int(lengths.sum())) + (first - begins).repeat_interleave(lengths)
 
 
-def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    """[N], or None when no sequence has any. A mixture is a mistake: ValueError."""
-    present = [p for p in parts if p is not None]
-    if present and len(present) != len(parts):
-        raise ValueError(f"{len(present)} of {len(parts)} completions have log-probs: all or none must")
+def _joined(rollouts: list[Rollout], name: str) -> Tensor | None:
+    """[N], or None when no completion has any. A mixture is a mistake: ValueError."""
+    present = [p for p in (getattr(r, name) for r in rollouts) if p is not None]
+    if present and len(present) != len(rollouts):
+        raise ValueError(f"{name}: {len(present)} of {len(rollouts)} completions have it, and all or none must")
     return torch.cat(present) if present else None
 
 

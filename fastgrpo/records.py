@@ -51,9 +51,13 @@ class Rollout:
     rewards:           by function name; NaN = that function failed on this sample.
     reward:            weighted sum; NaN = the sample failed, it leaves every statistic and does not train.
     extra:             columns a reward function logged for the table of completions.
-    advantage:         0 for a failed sample.
+    advantage:         0 for a failed sample. With `advantages`: the reward less its baseline, which they come from.
     old_logprob:       [L] fp32 on the CPU under the policy that started the update; None = on-policy.
     ref_logprob:       [L] fp32 on the CPU under the reference model; None = no KL term.
+    values:            [L] fp32 on the CPU, what the critic thought before the update of the state each token was chosen
+                       in; None = no critic.
+    returns:           [L] fp32 on the CPU, what the critic is to think instead.
+    advantages:        [L] fp32 on the CPU, one per token; None = all have `advantage`.
     """
 
     prompt: Prompt
@@ -70,11 +74,19 @@ class Rollout:
     advantage: float = 0.0
     old_logprob: Tensor | None = None
     ref_logprob: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
+    advantages: Tensor | None = None
 
     @property
     def failed(self) -> bool:
         """No valid reward: out of the statistics and the denominators."""
         return self.reward != self.reward
+
+    @property
+    def dead(self) -> bool:
+        """Is the advantage of every token exactly 0?"""
+        return self.advantage == 0.0 if self.advantages is None else not bool(self.advantages.any())
 
     @property
     def num_tokens(self) -> int:
@@ -87,6 +99,18 @@ class Rollout:
         if isinstance(self.prompt.content, str):
             return self.text
         return [{"role": "assistant", "content": self.text}]
+
+
+FOR_POLICY = ("sampling_logprob", "old_logprob", "ref_logprob", "advantages")
+FOR_CRITIC = ("values", "returns")
+PER_TOKEN = (*FOR_POLICY, *FOR_CRITIC)
+"""What a `Rollout` may hold one of for each of its tokens, by whose loss needs it."""
+
+
+def hand_out(values: Tensor, rollouts: list[Rollout], name: str) -> None:
+    """Give each rollout its part of the [N] values of their tokens, one rollout after the other: `name`, on the CPU."""
+    for rollout, part in zip(rollouts, values.cpu().split([r.num_tokens for r in rollouts]), strict=True):
+        setattr(rollout, name, part.clone())
 
 
 @dataclass(slots=True)
@@ -154,8 +178,9 @@ class PackedBatch:
     predictor_index:  [N] int64, the row whose hidden state predicts each scored token.
     target:           [N] int64, the scored tokens.
     cu_seqlens:       [S+1] int32, completion s owns rows cu_seqlens[s]:cu_seqlens[s+1] of the N.
-    advantage:        [S] fp32.
+    advantage:        [S] fp32, or [N] when each token has its own.
     old_logprob, ref_logprob, sampling_logprob: [N] fp32 or None.
+    values, returns:  [N] fp32 or None: the critic's, before the update, and what it is to learn.
     members:          position of each completion in the list that was packed.
     work:             FLOPs of its forward pass; tokens where no `Work` was given.
     """
@@ -169,6 +194,8 @@ class PackedBatch:
     old_logprob: Tensor | None
     ref_logprob: Tensor | None
     sampling_logprob: Tensor | None
+    values: Tensor | None
+    returns: Tensor | None
     members: tuple[int, ...]
     work: float
 

@@ -25,7 +25,7 @@ from fastgrpo.charts import Chart, Series, draw, duration, number
 
 MAX_TEXT = 4000  # characters shown of a prompt or a completion
 MAX_OTHER_CHARTS = 40
-_TIMES = ("rollout", "update", "reward")
+_TIMES = ("rollout", "prepare", "update", "critic", "reward")
 
 _ELSEWHERE = {"reward", "eval/reward", "num_tokens", "perf/step_time", *(f"perf/{name}_time" for name in _TIMES)}
 
@@ -210,7 +210,9 @@ def _shorten(text: str) -> str:
 
 def _facts(run: Run) -> list[str]:
     """The line under the title: what was trained, how."""
-    facts = [str(run.config[key]) for key in ("model", "loss_type") if isinstance(run.config.get(key), str)]
+    facts = [
+        str(run.config[key]) for key in ("model", "algorithm", "loss_type") if isinstance(run.config.get(key), str)
+    ]
     facts += [f"seed {run.config['seed']}"] if "seed" in run.config else []
     if run.steps:
         written = datetime.fromtimestamp(os.path.getmtime(run.folder / "metrics.jsonl"), UTC)
@@ -324,9 +326,11 @@ def _reward_chart(run: Run) -> Chart | None:
 
 
 def _breakdown(run: Run) -> dict[str, Any] | None:
-    """Seconds per step by stage: `shares` of the whole run, and `bars` of at most 60 spans of steps."""
+    """Seconds per step by stage of 1/1000 or more: `shares` of the whole run, `bars` of at most 60 spans of steps."""
     total = run.get("perf/step_time")
-    parts = {name: series for name in _TIMES if (series := run.get(f"perf/{name}_time")) is not None}
+    least = 1e-3 * np.nansum(total.values) if total is not None else 0.0
+    found = {name: series for name in _TIMES if (series := run.get(f"perf/{name}_time")) is not None}
+    parts = {name: series for name, series in found.items() if np.nansum(series.values) >= least}
     if total is None or not parts:
         return None
     seconds: dict[str, np.ndarray] = {}

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.errors import RunError
-from fastgrpo.records import Prompt, Rollout
-
-LOGPROBS = ("sampling_logprob", "old_logprob", "ref_logprob")
+from fastgrpo.records import PER_TOKEN, Prompt, Rollout
 
 
 class CheckpointError(RunError):
@@ -217,7 +215,7 @@ def pack_rollouts(rollouts: Sequence[Rollout]) -> tuple[dict[str, Tensor], dict[
     """Rollouts as (tensors, JSON-able rest), floats bit for bit.
 
     Of a prompt only its index and a digest of its tokens are kept: its columns may hold anything, and the data set has
-    them. The log-probabilities must be [L] fp32 on the CPU, as `Rollout` says; ValueError otherwise.
+    them. What there is per token must be [L] fp32 on the CPU, as `Rollout` says; ValueError otherwise.
     """
     lengths = [rollout.num_tokens for rollout in rollouts]
     tensors = {
@@ -231,7 +229,7 @@ def pack_rollouts(rollouts: Sequence[Rollout]) -> tuple[dict[str, Tensor], dict[
         "advantage": torch.tensor([r.advantage for r in rollouts], dtype=torch.float64),
         "rewards": torch.tensor([x for r in rollouts for x in r.rewards.values()], dtype=torch.float64),
     }
-    for name in LOGPROBS:
+    for name in PER_TOKEN:
         values = [getattr(rollout, name) for rollout in rollouts]
         for i, (value, length) in enumerate(zip(values, lengths, strict=True)):
             if value is not None and (value.shape != (length,) or value.dtype != torch.float32):
@@ -261,17 +259,18 @@ def unpack_rollouts(
         if _digest(prompt) != meta["prompts"][str(index)]:
             raise CheckpointError(f"the prompt of row {index} is not what it was: data set or tokenizer has changed")
     lengths = tensors["length"].tolist()
-    names = ("group", "prompt_index", "finished", "weights_version", "reward", "advantage")
-    columns = {name: tensors[name].tolist() for name in names}
+    per_rollout = ("group", "prompt_index", "finished", "weights_version", "reward", "advantage")
+    columns = {name: tensors[name].tolist() for name in per_rollout}
     token_ids = iter(tensors["token_ids"].tolist())
     rewards = iter(tensors["rewards"].tolist())
-    starts = dict.fromkeys(LOGPROBS, 0)
+    names = [name for name in PER_TOKEN if name in tensors]  # older checkpoints know fewer
+    starts = dict.fromkeys(names, 0)
     rollouts = []
     for i, length in enumerate(lengths):
-        logprobs: dict[str, Any] = dict.fromkeys(LOGPROBS)
-        for name in LOGPROBS:
+        per_token: dict[str, Any] = {}
+        for name in names:
             if tensors[f"{name}_given"][i]:
-                logprobs[name] = tensors[name][starts[name] : starts[name] + length].clone()
+                per_token[name] = tensors[name][starts[name] : starts[name] + length].clone()
                 starts[name] += length
         rollouts.append(
             Rollout(
@@ -284,7 +283,7 @@ def unpack_rollouts(
                 rewards={name: next(rewards) for name in meta["reward_names"][i]},
                 reward=columns["reward"][i],
                 advantage=columns["advantage"][i],
-                **logprobs,
+                **per_token,
             )
         )
     return rollouts

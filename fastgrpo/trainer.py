@@ -26,7 +26,7 @@ from fastgrpo.errors import RunError
 from fastgrpo.evaluation import evaluate
 from fastgrpo.integrations.callbacks import Callbacks
 from fastgrpo.optim import Optimizer, learning_rate
-from fastgrpo.policy import Policy, Reference, is_factory, load_policy
+from fastgrpo.policy import Critic, Policy, Reference, is_factory, load_policy, make_critic
 from fastgrpo.recorder import Recorder, save_failed_step
 from fastgrpo.records import Prompt, RolloutBatch, TrainState
 from fastgrpo.rewards import RewardRunner
@@ -88,6 +88,8 @@ class GRPOTrainer:
         self.eval_prompts: list[Prompt] = []
         self.policy: Policy
         self.reference: Reference | None = None
+        self.critic: Critic | None = None
+        self.critic_optimizer: Optimizer | None = None
         self._loaded = self._trained = False
         self.engine: Engine
         self.recorder: Recorder
@@ -131,8 +133,8 @@ class GRPOTrainer:
         self._end()
 
     def _close(self) -> None:
-        for name in ("recorder", "collector", "engine", "optimizer"):
-            if hasattr(self, name):
+        for name in ("recorder", "collector", "engine", "optimizer", "critic_optimizer"):
+            if getattr(self, name, None):
                 getattr(self, name).close()
         if hasattr(self, "engine"):
             del self.engine
@@ -182,7 +184,9 @@ class GRPOTrainer:
         """One optimizer step; returns its metrics."""
         self.callbacks.fire("on_step_begin")
         state = self.state
-        metrics, applied = self.updater.step(batch, learning_rate(state.step + 1, self.total_steps, self.config))
+        peaks = (self.config.learning_rate, self.config.critic_learning_rate)
+        rates = [learning_rate(state.step + 1, self.total_steps, self.config, peak) for peak in peaks]
+        metrics, applied = self.updater.step(batch, *rates)
         state.step += 1
         state.skipped_in_row = 0 if applied else state.skipped_in_row + 1
         state.skipped_steps += not applied
@@ -193,8 +197,8 @@ class GRPOTrainer:
                 f"its rollouts are kept in {kept}"
             )
         self.pending = batch if batch.used < self.config.steps_per_batch else None
-        if self._moving_reference and state.step % self.config.ref_model_sync_steps == 0:
-            self._moving_reference.mix(self.config.ref_model_mixup_alpha)
+        if self.updater.moving_reference and state.step % self.config.ref_model_sync_steps == 0:
+            self.updater.moving_reference.mix(self.config.ref_model_mixup_alpha)
         self.engine.sync(self.policy)
         counters = {"skipped_steps": state.skipped_steps, "num_tokens": state.num_tokens}
         return metrics | counters | {"data/skipped_prompts": len(state.too_long)}
@@ -255,14 +259,7 @@ class GRPOTrainer:
         self._last_saved = self.store.save(
             self.state.step,
             lambda folder: write_snapshot(
-                folder,
-                policy=self.policy,
-                optimizer=self.optimizer,
-                reference=self._moving_reference,
-                state=self.state,
-                rng=rng,
-                pending=self.pending,
-                use=self.updater.use,
+                folder, updater=self.updater, state=self.state, rng=rng, pending=self.pending
             ),
         )
         self._last_saved_step = self.state.step
@@ -290,26 +287,21 @@ class GRPOTrainer:
         self.directory.claim(options, afresh=afresh)
         self.store = CheckpointStore(self.directory.path, config.save_total_limit)
         self.optimizer = Optimizer(self.policy.trainable(), config)
-        if config.beta > 0 and self.reference is None:
+        if config.needs_reference and self.reference is None:
             self.reference = Reference(self.policy)
-        self._moving_reference = self.reference if config.sync_ref_model else None
+        if config.has_critic:
+            self.critic = self.critic or make_critic(self.policy, config, self.task.peft_config)
+            self.critic_optimizer = Optimizer(self.critic.trainable(), config)
         if config.sync_ref_model and self.policy.is_peft:
             raise ConfigError("sync_ref_model excludes adapters: there the reference is the model without them")
         self.collector = Collector(self.source, self.engine, self.rewards, config)
-        self.updater = Updater(self.policy, self.reference, self.optimizer, config)
+        self.updater = Updater(self.policy, self.reference, self.optimizer, config, self.critic, self.critic_optimizer)
         self.callbacks = Callbacks(self._callback_list, config, self.policy, self.optimizer.torch_optimizer)
         batches = math.ceil(config.num_train_epochs * len(self.source) / config.num_prompts_per_step)
         self.total_steps = config.max_steps if config.max_steps > 0 else batches * config.steps_per_batch
         seed_generators(self.config.seed)
         if checkpoint is not None:
-            self.state, self.pending = read_snapshot(
-                checkpoint,
-                policy=self.policy,
-                optimizer=self.optimizer,
-                reference=self._moving_reference,
-                source=self.source,
-                use=self.updater.use,
-            )
+            self.state, self.pending = read_snapshot(checkpoint, updater=self.updater, source=self.source)
             self.source.too_long = self.state.too_long
             self.engine.sync(self.policy)
         self._last_saved, self._last_saved_step = checkpoint, self.state.step if checkpoint else None
@@ -335,7 +327,7 @@ class GRPOTrainer:
 
     def _begin_anew(self) -> None:
         """Forget an earlier `train` of this object; its model is loaded again where that is possible."""
-        self.state, self.pending, self.reference = TrainState(), None, None
+        self.state, self.pending, self.reference, self.critic = TrainState(), None, None, None
         if self._trained and not isinstance(self.task.model, str):
             raise ConfigError("the model handed over has been trained already: make a new trainer to begin anew")
         self._loaded = self._loaded and not self._trained
@@ -356,7 +348,7 @@ class GRPOTrainer:
         A reference or base model needs the initial one, and a factory may do more than load weights.
         """
         model = self.task.model
-        enough = self.config.beta == 0 and not self.config.use_peft and self.task.peft_config is None
+        enough = not self.config.needs_reference and not self.config.use_peft and self.task.peft_config is None
         plain = isinstance(model, str) and not is_factory(model)
         return str(checkpoint / MODEL_FOLDER) if checkpoint and enough and plain else model
 

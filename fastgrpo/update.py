@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgrpo import packing
+from fastgrpo.advantages import assign_token_advantages
 from fastgrpo.agreement import check_agreement
 from fastgrpo.config import GRPOConfig
-from fastgrpo.loss import policy_loss
+from fastgrpo.gpus import gpu_of
+from fastgrpo.loss import policy_loss, value_loss
 from fastgrpo.optim import Optimizer
-from fastgrpo.policy import Policy, Reference
-from fastgrpo.records import Denominators, PackedBatch, Rollout, RolloutBatch
+from fastgrpo.policy import Critic, Policy, Reference
+from fastgrpo.records import FOR_CRITIC, FOR_POLICY, Denominators, PackedBatch, Rollout, RolloutBatch, hand_out
 from fastgrpo_kernels import LossOutput
-
-_PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 class Updater:
-    """Applies the minibatches of rollout batches to the policy."""
+    """Applies the minibatches of rollout batches to the policy and, where there is one, to the critic."""
 
-    def __init__(self, policy: Policy, reference: Reference | None, optimizer: Optimizer, config: GRPOConfig) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Reference | None,
+        optimizer: Optimizer,
+        config: GRPOConfig,
+        critic: Critic | None = None,
+        critic_optimizer: Optimizer | None = None,
+    ) -> None:
         self.policy = policy
         self.reference = reference
         self.optimizer = optimizer
+        self.critic = critic
+        self.critic_optimizer = critic_optimizer
         self.config = config
         self.loss_config = config.loss_config()
         self._peak_flops = _peak_flops(policy.device)
@@ -41,6 +51,11 @@ class Updater:
             and config.entropy_coef == 0
             and config.top_entropy_quantile == 1
         )
+
+    @property
+    def moving_reference(self) -> Reference | None:
+        """The reference, if it moves (`sync_ref_model`)."""
+        return self.reference if self.config.sync_ref_model else None
 
     @property
     def use(self) -> dict[str, Any]:
@@ -69,24 +84,28 @@ class Updater:
         return notes
 
     def prepare(self, batch: RolloutBatch) -> None:
-        """What must be known before the policy moves: reference log-probs, and old ones where they will be needed.
+        """What must be known before the policy moves: reference log-probs, old ones where they will be needed, values.
 
         The first minibatch gets its old log-probs from its own first forward, at no cost; those after it do not see
         the old policy any more, so theirs are computed here. Of the first batch also whether the engine's log-probs
-        are ours: EngineDisagrees if not.
+        are ours: EngineDisagrees if not. Advantages per token are made here, out of all this.
         """
+        started = time.perf_counter()
         if self.config.check_sampling and not self._checked:
             check_agreement(self.policy, batch.rollouts, self.config)
         self._checked = True
+        if self.config.per_token:
+            batch.metrics |= self._judge(batch.rollouts)
         minibatches = [self._select(m) for m in packing.split_minibatches(batch.rollouts, self.config.num_minibatches)]
         if self.reference is not None:
             self._fill("ref_logprob", [r for m in minibatches for r in m], self.reference)
         self._fill("old_logprob", [r for m in minibatches[1:] for r in m], self.policy)
+        batch.metrics["perf/prepare_time"] = time.perf_counter() - started
 
-    def step(self, batch: RolloutBatch, rate: float) -> tuple[dict[str, float], bool]:
+    def step(self, batch: RolloutBatch, rate: float, critic_rate: float = 0.0) -> tuple[dict[str, float], bool]:
         """One optimizer step with the batch's next minibatch; returns its metrics and whether it was applied.
 
-        A non-finite gradient leaves the weights as they are.
+        A non-finite gradient leaves the weights as they are, the policy's or the critic's, whichever has it.
         """
         started = time.perf_counter()
         minibatch = packing.split_minibatches(batch.rollouts, self.config.num_minibatches)[
@@ -107,15 +126,52 @@ class Updater:
         batch.used += 1
         seconds = time.perf_counter() - started
         tokens = self._token_metrics([p for p, _ in done], chosen, minibatch, seconds)
-        return figures | tokens | {"lr": rate}, applied
+        metrics = figures | tokens | {"lr": rate}
+        if self.critic is not None:
+            learnt, also_applied = self._critic_step(self._trained(minibatch), whole, critic_rate)
+            metrics, applied = metrics | learnt, applied and also_applied
+        return metrics, applied
+
+    def _critic_step(self, rollouts: list[Rollout], whole: Denominators, rate: float) -> tuple[dict[str, float], bool]:
+        """The same for the critic; it learns from every token that trains, of dead completions too."""
+        assert self.critic is not None
+        assert self.critic_optimizer is not None
+        started = time.perf_counter()
+        parts = []
+        with self.critic.body.mode(training=True):
+            for packed in self._placed(rollouts, self.critic.body, FOR_CRITIC):
+                values = self.critic.values(packed)
+                loss, metrics = value_loss(values, packed, cliprange=self.config.cliprange_value, whole=whole)
+                loss.backward()
+                parts.append(metrics)
+        norm = {"critic/grad_norm": self.critic_optimizer.norm().double()}
+        figures = LossOutput.reduce([*parts, norm])
+        applied = self.critic_optimizer.step(rate, figures["critic/grad_norm"])
+        return figures | {"critic/lr": rate, "perf/critic_time": time.perf_counter() - started}, applied
+
+    def _judge(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """Advantages per token of all that trains, and the returns for the critic; see docs/algorithms.md."""
+        rollouts = self._trained(rollouts)
+        if self.config.kl_coef and self.reference is not None:
+            self._fill("ref_logprob", rollouts, self.reference)
+            self._fill("old_logprob", rollouts, self.policy)
+        if self.critic is not None:
+            packed = self._placed(rollouts, self.critic.body, FOR_CRITIC)
+            _scatter([(p, self.critic.predict(p)) for p in packed], rollouts, "values")
+        return assign_token_advantages(rollouts, self.config, self.policy.device)
+
+    def _trained(self, rollouts: list[Rollout]) -> list[Rollout]:
+        return packing.select(rollouts, mask_truncated=self.config.mask_truncated_completions, skip_zero=False)
 
     def _select(self, rollouts: list[Rollout]) -> list[Rollout]:
         return packing.select(rollouts, mask_truncated=self.config.mask_truncated_completions, skip_zero=self.skip_zero)
 
-    def _placed(self, rollouts: list[Rollout]) -> Iterator[PackedBatch]:
-        """The rollouts as micro-batches on the policy's device, each made when it is asked for."""
-        budget = self.config.max_tokens_per_microbatch
-        packed = packing.pack_lazily(rollouts, max_tokens=budget, share=self.policy.shares, work=self._work)
+    def _placed(
+        self, rollouts: list[Rollout], model: Policy | None = None, numbers: Sequence[str] = FOR_POLICY
+    ) -> Iterator[PackedBatch]:
+        """The rollouts as micro-batches for the model, by default the policy, on its device, made one at a time."""
+        budget, share = self.config.max_tokens_per_microbatch, (model or self.policy).shares
+        packed = packing.pack_lazily(rollouts, max_tokens=budget, share=share, work=self._work, numbers=numbers)
         return self.policy.placed(packed)
 
     def _backward(self, packed: PackedBatch, whole: Denominators, threshold: Tensor | None) -> LossOutput:
@@ -132,9 +188,10 @@ class Updater:
         return output
 
     def _fill(self, name: str, rollouts: list[Rollout], model: Policy | Reference) -> None:
-        """Set `old_logprob` or `ref_logprob` of the rollouts, without gradients."""
+        """Set `old_logprob` or `ref_logprob` of the rollouts that have none yet, without gradients."""
+        missing = [r for r in rollouts if getattr(r, name) is None]
         temperature = self.config.temperature
-        _scatter([(p, model.logprobs(p, temperature)[0]) for p in self._placed(rollouts)], rollouts, name)
+        _scatter([(p, model.logprobs(p, temperature)[0]) for p in self._placed(missing)], missing, name)
 
     def _entropy_threshold(self, rollouts: list[Rollout]) -> Tensor | None:
         """The quantile of the minibatch's entropies under the policy that starts the step; see docs/losses.md."""
@@ -179,8 +236,8 @@ def _peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s the device's maker states; None where it is not known, as for CPUs."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None)
+    known = gpu_of(torch.cuda.get_device_name(device))
+    return known.flops if known else None
 
 
 def _scatter(values: list[tuple[PackedBatch, Tensor]], rollouts: list[Rollout], name: str) -> None:
@@ -188,6 +245,4 @@ def _scatter(values: list[tuple[PackedBatch, Tensor]], rollouts: list[Rollout], 
     if not values:
         return
     members = [rollouts[member] for packed, _ in values for member in packed.members]
-    parts = torch.cat([value for _, value in values]).cpu().split([r.num_tokens for r in members])
-    for rollout, part in zip(members, parts, strict=True):
-        setattr(rollout, name, part.clone())
+    hand_out(torch.cat([value for _, value in values]), members, name)

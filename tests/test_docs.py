@@ -1,4 +1,4 @@
-"""docs/ops.md, docs/update.md: examples run and print what is shown; what is named exists. Each section runs alone."""
+"""docs/: examples run and print what is shown; what is named exists. Each section runs alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ def _examples(text: str) -> str:
     return "\n".join(code for language, code in _BLOCK.findall(text) if language == "pycon")
 
 
-_UPDATE = (_DOCS / "update.md").read_text()
 _SECTIONS = _sections(_TEXT)
 _INTRODUCTION, *_OTHERS = (name for name, text in _SECTIONS.items() if ">>>" in text)
 
@@ -43,9 +42,12 @@ def test_examples(name: str) -> None:
     _run([(_examples(_SECTIONS[_INTRODUCTION]), _INTRODUCTION), (code, name)], "docs/ops.md")
 
 
-@pytest.mark.parametrize("name", [name for name, text in _sections(_UPDATE).items() if ">>>" in text])
-def test_examples_of_the_update(name: str) -> None:
-    _run([(_examples(_sections(_UPDATE)[name]), name)], "docs/update.md")
+@pytest.mark.parametrize("page", ["update.md", "plan.md"])
+def test_examples_of_other_pages(page: str) -> None:
+    sections = [(name, text) for name, text in _sections((_DOCS / page).read_text()).items() if ">>>" in text]
+    assert sections
+    for name, text in sections:
+        _run([(_examples(text), name)], f"docs/{page}")
 
 
 def _run(parts: list[tuple[str, str]], file: str) -> None:
@@ -107,7 +109,9 @@ def test_compiled_and_checkpointed_it_is_the_same() -> None:
         assert all(map(torch.equal, plain, torch.autograd.grad(other, (hidden, weight))))
 
 
-@pytest.mark.parametrize("page", ["ops.md", "update.md", "losses.md", "rollouts.md", "performance.md"])
+@pytest.mark.parametrize(
+    "page", ["ops.md", "update.md", "losses.md", "rollouts.md", "algorithms.md", "plan.md", "performance.md"]
+)
 def test_links_lead_somewhere(page: str) -> None:
     for path, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)]*)\)", (_DOCS / page).read_text()):
         if path.startswith("http"):

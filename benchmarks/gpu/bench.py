@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from benchmarks.clock import clock, peak_allocated_bytes
 
 Row = dict[str, Any]
 
@@ -74,28 +75,17 @@ class Bench:
         return {name: round(float(x), 4) for name, x in zip(("ms", "p20", "p80"), values, strict=True)}
 
     def _one(self, run: Callable[[], Any]) -> float:
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            run()
-            return 1e3 * (time.perf_counter() - start)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
+        now = clock(self.device)
+        start = now()
         run()
-        end.record()
-        torch.cuda.synchronize()
-        return float(begin.elapsed_time(end))
+        return 1e3 * (now() - start)
 
     def peak_bytes(self, run: Callable[[], int]) -> int | None:
         """Bytes allocated at the peak beyond those before and beyond what `run` says it returned. None on a CPU."""
         if self.device.type != "cuda":
             return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        returned = run()
-        torch.cuda.synchronize()
-        return int(torch.cuda.max_memory_allocated()) - before - returned
+        returned: list[int] = []
+        return peak_allocated_bytes(lambda: returned.append(run())) - returned[0]
 
 
 def _finite(value: Any) -> Any:

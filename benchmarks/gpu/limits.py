@@ -10,6 +10,8 @@ from torch import Tensor
 
 from benchmarks.gpu.bench import Bench, Row
 from benchmarks.gpu.head_cases import SIZES, SMALL_SIZES
+from benchmarks.limits import copy as large_copy
+from benchmarks.limits import gemm as square_gemm
 from fastgrpo_kernels.head.plan import HeadPlan, HeadProblem, plan_head
 
 
@@ -79,16 +81,12 @@ def limits(bench: Bench) -> None:
     n = 64 if bench.small else 8192
 
     def gemm() -> Row:
-        a, b = (torch.randn(n, n, device=bench.device).bfloat16() for _ in range(2))
-        out = torch.empty_like(a)
-        times = bench.times([lambda: mm(a, b, out)], rounds=21, warmup=5)
+        times = bench.times([square_gemm(bench.device, n, torch.bfloat16)], rounds=21, warmup=5)
         return {**times, "tflops": 2 * n**3 / times["ms"] / 1e9}
 
     def copy() -> Row:
         size = 1 << (16 if bench.small else 32)
-        a = torch.randint(256, (size,), dtype=torch.uint8, device=bench.device)
-        b = torch.empty_like(a)
-        times = bench.times([lambda: b.copy_(a)], rounds=11)
+        times = bench.times([large_copy(bench.device, size)], rounds=11)
         return {**times, "gb_per_s": 2 * size / times["ms"] / 1e6}
 
     bench.attempt("gemm_rate", "limit", "cublas", {"n": n}, gemm)

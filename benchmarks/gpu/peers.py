@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import heads
 from benchmarks.cases import clipped_loss
 from benchmarks.gpu.bench import Bench, Row
 from benchmarks.gpu.head_cases import LENGTH, SMALL_LENGTH, HeadInputs, fused, make_inputs, make_weight, reference
 from benchmarks.gpu.limits import num_tokens, sizes
+from benchmarks.heads import Head
 
 Peer = Callable[[HeadInputs], Tensor | None]
 """Leaves gradients in the inputs; returns logprob [N] where it has them."""
@@ -24,62 +25,29 @@ def _loss(x: HeadInputs, logprob: Tensor) -> Tensor:
     return logprob.detach()
 
 
-def _logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return torch.log_softmax(F.linear(hidden, weight).float(), -1).gather(1, target[:, None]).squeeze(1)
-
-
-def naive(x: HeadInputs) -> Tensor:
-    return _loss(x, _logprob(x.hidden, x.weight, x.target))
-
-
-@cache
-def _compiled(backend: str) -> Callable[..., Tensor]:
-    return torch.compile(_logprob, backend=backend)
+def _by_head(x: HeadInputs, head: Head) -> Tensor:
+    return _loss(x, head(x.hidden, x.weight, x.target))
 
 
 def compiled(x: HeadInputs) -> Tensor:
     backend = "inductor" if x.hidden.is_cuda else "aot_eager"  # the small form needs no C++ compiler
-    return _loss(x, _compiled(backend)(x.hidden, x.weight, x.target))
+    return _by_head(x, partial(heads.compiled, backend=backend))
 
 
 def torch_head(x: HeadInputs) -> None:
-    """torch's own chunked head: plain negative log-likelihood, no policy loss."""
-    if not hasattr(F, "linear_cross_entropy"):
-        raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy")
-    options = torch.nn.LinearCrossEntropyOptions()
-    loss = F.linear_cross_entropy(x.hidden, x.weight, x.target, options=options)
-    loss.backward()
-
-
-def trl(x: HeadInputs) -> Tensor:
-    """As trl 1.16's trainer calls it: 32768 columns at a time, the entropy beside."""
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
-    outputs = ("entropy",)
-    return _loss(x, ChunkedLogProbFunction.apply(x.hidden, x.weight, None, x.target, 1.0, 32768, None, 1.0, outputs)[0])
+    """Plain negative log-likelihood, no policy loss."""
+    heads.torch_loss(x.hidden, x.weight, x.target).backward()
 
 
 def liger(x: HeadInputs) -> None:
-    """Rows of equal length, as it wants them; gives no log-probs."""
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-    rows, on_gpu = (-1, x.length), x.hidden.is_cuda
-    op = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="dapo", compiled=on_gpu)
-    target = x.target.view(rows)
-    found = op(
-        x.hidden.view(*rows, x.hidden.shape[1]), x.weight, target, torch.ones_like(target),
-        x.advantage.view(rows)[:, 0].contiguous(), old_per_token_logps=x.old_logprob.view(rows),
-    )  # fmt: skip
-    (found[0] if isinstance(found, tuple) else found).backward()
+    """It gives no log-probs."""
+    heads.liger_loss(x.hidden, x.weight, x.target, x.advantage, x.old_logprob, x.length).backward()
 
 
 def cut(x: HeadInputs) -> Tensor:
-    """cut-cross-entropy without gradient filtering, which would not be the same gradient."""
-    from cut_cross_entropy import linear_cross_entropy
-
     if not x.hidden.is_cuda:
-        raise ImportError("cut_cross_entropy needs a GPU")
-    return _loss(x, -linear_cross_entropy(x.hidden, x.weight, x.target, reduction="none", filter_eps=None))
+        raise ImportError("its kernels need a GPU")
+    return _by_head(x, heads.cut)
 
 
 def ours(x: HeadInputs) -> Tensor:
@@ -88,11 +56,11 @@ def ours(x: HeadInputs) -> Tensor:
 
 PEERS: dict[str, Peer] = {
     "fastgrpo": ours,
-    "trl": trl,
+    "trl": partial(_by_head, head=heads.trl),
     "liger": liger,
-    "cut_cross_entropy": cut,
-    "torch_linear_cross_entropy": torch_head,
-    "naive": naive,
+    "cce": cut,
+    "torch": torch_head,
+    "naive": partial(_by_head, head=heads.naive),
     "torch_compile": compiled,
 }
 

@@ -7,14 +7,11 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.machine import Machine, Prediction, exp_gemm, gemm, in_ms, stream
-from fastgrpo_kernels.head.exp_gemm.config import CONFIGS, TILE_N, num_tiles
-from fastgrpo_kernels.head.plan import ROW_TILE, HeadPlan, HeadProblem, even_windows, plan_head
+from fastgrpo_kernels.head.exp_gemm.config import CONFIGS, TILE_N
+from fastgrpo_kernels.head.plan import ROW_TILE, HeadPlan, HeadProblem, even_windows, head_bytes, plan_head
 
 DW_TRAFFIC = 8
 """Bytes of an element of the weight's gradient that a chunk reads and writes, fp32, besides its products."""
-
-PAD = 64
-"""Rows of logits and of gradient rows are apart by a multiple of it."""
 
 HOST_OP = 5
 """Operators that the host runs for one of an op's own: checks, views, allocations, autograd."""
@@ -23,17 +20,21 @@ PEERS = {
     # GEMMs of [N, D, V], their rate, bytes a logit, rows of a chunk that adds to dW (0: one product). By their code.
     "trl": (4, 1.0, 6, 4096),  # bf16 logits, recomputed; a pass forward, a pass back
     "liger": (4, 0.4, 90, 4096),  # eager, half of the GEMMs in fp32
-    "cut_cross_entropy": (5, 0.7, 0, 0),  # own GEMMs: forward, logits again for each of two gradients
-    "torch_linear_cross_entropy": (3, 1.0, 24, 4096),
+    "cce": (5, 0.7, 0, 0),  # own GEMMs: forward, logits again for each of two gradients
+    "torch": (3, 1.0, 24, 4096),
     "naive": (3, 1.0, 60, 0),  # fp32 copies of all logits
     "torch_compile": (3, 1.0, 22, 0),  # softmax and its backward fused, over fp32 logits
 }
 
 
+def problem(N: int, D: int, V: int, trainable: bool) -> HeadProblem:
+    """Of a token-level loss on the GPU."""
+    return HeadProblem(N, D, V, torch.bfloat16, trainable, True, False, "token", True, D % 8 == 0)
+
+
 def plan(N: int, D: int, V: int, trainable: bool, schedule: str | None) -> HeadPlan:
-    """What the op plans on the GPU for a token-level loss."""
-    problem = HeadProblem(N, D, V, torch.bfloat16, trainable, True, False, "token", True, D % 8 == 0)
-    return plan_head(problem, None, None, schedule or "", watched=False)
+    """What the op plans for it."""
+    return plan_head(problem(N, D, V, trainable), None, None, schedule or "", watched=False)
 
 
 def head_seconds(
@@ -92,17 +93,8 @@ def head(machine: Machine, p: dict[str, Any]) -> Prediction:
 
 
 def peak_bytes(N: int, D: int, V: int, trainable: bool, schedule: str | None = None) -> int:
-    """Beyond the inputs and the gradients that are returned.
-
-    That is in the forward, when the chunk, a window of logits or of tile sums, the scaled rows of h and the fp32
-    gradients are there, or in the backward, when those are rounded.
-    """
-    made, width = plan(N, D, V, trainable, schedule), -(-V // PAD) * PAD
-    window = max(w.stop - w.start for w in made.windows)
-    sums = 8 * window * num_tiles(V) if made.method == "epilogue" else 4 * made.logit_rows * width
-    fp32 = 4 * (N + trainable * V) * D
-    forward = 2 * made.chunk_rows * (width + trainable * D) + sums + fp32
-    return max(forward, fp32 + fp32 // 2) - fp32 // 2
+    """Beyond the inputs and the gradients that are returned, by the planner's own formula."""
+    return head_bytes(problem(N, D, V, trainable), plan(N, D, V, trainable, schedule)) - 2 * (N + trainable * V) * D
 
 
 def head_gemms(machine: Machine, p: dict[str, Any]) -> Prediction:

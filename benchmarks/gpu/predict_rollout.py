@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from benchmarks.gpu.machine import Machine, Prediction, gemm, in_ms, stream
 from benchmarks.gpu.predict_head import sample_tokens
 from benchmarks.gpu.predict_update import LAYERS, PRODUCTS, parameters, passes, products, shape_of
+from benchmarks.gpu.rollout import JOBS
 from benchmarks.small_model import Shape
 from fastgrpo.rollout.loop.burst import bucket
 from fastgrpo.rollout.loop.slots import BURST
@@ -28,34 +31,53 @@ CONTINUOUS_ROW, CONTINUOUS_OPERATORS = 8e-6, 1.3
 cache is written by operators of its own). It launches every kernel of a step anew; assumed."""
 
 
+@dataclass(frozen=True)
+class Path:
+    """Tokens a row attends to: of its prompt, which `n` rows share, and its own."""
+
+    prompt: int
+    own: float
+    n: int
+
+    def once(self, rows: int) -> float:
+        """Of so many rows, every prompt once."""
+        return rows * self.own + ceil(rows / self.n) * self.prompt
+
+    def all(self, rows: int) -> float:
+        return rows * (self.own + self.prompt)
+
+
 def kept_bytes(s: Shape) -> int:
     """Of a token's keys and values in bf16."""
     return 2 * 2 * s.layers * s.kv_heads * s.head_dim
 
 
-def step_seconds(machine: Machine, s: Shape, rows: int, length: float, body: str = "eager") -> dict[str, float]:
-    """One token more for each of so many rows, which have `length` tokens each, as a replayed CUDA graph."""
+def step_seconds(machine: Machine, s: Shape, rows: int, path: Path, body: str = "eager") -> dict[str, float]:
+    """One token more for each of so many rows, as a replayed CUDA graph; a prompt's other rows read it from L2."""
+    kept = kept_bytes(s)
     split = rows * s.kv_heads < SPLIT_BELOW
     return {
         "small kernels": passes(machine, s, rows, body)[0] + OUTSIDE * machine.node,
         "products": products(machine, s, rows)[0],
         "head": gemm(machine, rows, s.vocabulary, s.width),
-        "attention": stream(machine, rows * length * kept_bytes(s), machine.decoding, s.layers * (1 + split)),
+        "attention": stream(machine, path.once(rows) * kept, machine.decoding, s.layers * (1 + split))
+        + (path.all(rows) - path.once(rows)) * kept / machine.l2,
         "sampling": sample_tokens(machine, rows, s.vocabulary),
     }
 
 
-def limit_seconds(machine: Machine, s: Shape, rows: int, length: float) -> float:
+def limit_seconds(machine: Machine, s: Shape, rows: int, path: Path) -> float:
     """What the suite holds a step against."""
     weights, flop = 2 * parameters(s) / machine.copy, 2 * rows * parameters(s) / machine.gemm_rate
-    return rows * length * kept_bytes(s) / machine.copy + max(weights, flop)
+    return path.once(rows) * kept_bytes(s) / machine.copy + max(weights, flop)
 
 
-def steady(machine: Machine, p: dict[str, Any], body: str = "eager") -> Prediction:
+def steady(machine: Machine, p: dict[str, Any], small: bool = False, body: str = "eager") -> Prediction:
     """A step of a full batch, against what must be read and multiplied."""
-    s = shape_of(p["model"])
-    parts = step_seconds(machine, s, bucket(p["rows"]), p["length"], body)
-    return Prediction(in_ms(parts), 1e3 * limit_seconds(machine, s, p["rows"], p["length"]))
+    s, job = shape_of(p["model"]), JOBS[small]
+    path = Path(job.length, p["length"] - job.length, job.n)
+    parts = step_seconds(machine, s, bucket(p["rows"]), path, body)
+    return Prediction(in_ms(parts), 1e3 * limit_seconds(machine, s, p["rows"], path))
 
 
 def mean_length(p: dict[str, Any]) -> float:
@@ -70,7 +92,7 @@ def generate(machine: Machine, p: dict[str, Any], engine: str = "loop", body: st
     parts = {"prompts": prompt_seconds(machine, s, p["prompts"] * p["length"])}
     for done in range(0, p["longest"], BURST):
         alive = max(1, round(rows * keep**done))
-        step = step_seconds(machine, s, bucket(alive), p["length"] + done + BURST / 2, body)
+        step = step_seconds(machine, s, bucket(alive), Path(p["length"], done + BURST / 2, p["n"]), body)
         step["host"] = (BURST_HOST + alive * ROW_HOST) / BURST
         if engine == "transformers":
             step = continuous(machine, s, alive, sum(step.values()) - step["host"])

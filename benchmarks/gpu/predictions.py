@@ -118,7 +118,7 @@ KINDS: dict[tuple[str, str], _Kind] = {
     ("shared", "attention"): _shared,
     ("generate", "rollout"): _generate,
     ("against", "rollout"): _against,
-    ("steady", "rollout"): _of(predict_rollout.steady),
+    ("steady", "rollout"): lambda machine, row, small: predict_rollout.steady(machine, row["params"], small),
 }
 """By a row's case and op."""
 
@@ -217,7 +217,7 @@ def _update_figures() -> Iterator[Figure]:
 
 
 def _rollout_figures() -> Iterator[Figure]:
-    job = {"prompts": 64, "n": 16, "length": 128, "mean": 300.0, "longest": 1024}
+    job = rollout.JOBS[False].params
     for s, required in zip(SHAPES, rollout.FASTER_THAN_TRANSFORMERS, strict=True):
         name, p = f"rollout, {s.name}: continuous batching's time", {"model": s.name, **job}
         yield _layered(name, required, False, predict_rollout.against_transformers, p)

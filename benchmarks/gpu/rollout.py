@@ -11,7 +11,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from benchmarks.gpu.bench import Bench, Row
 from benchmarks.gpu.limits import measured
 from benchmarks.gpu.update_cases import dtype_of, make_model, shapes
-from benchmarks.small_model import Shape, make_ending, make_tokenizer
+from benchmarks.small_model import Shape, make_ending, make_word_tokenizer
 from fastgrpo.config import GRPOConfig
 from fastgrpo.packing import pack
 from fastgrpo.policy import Policy, load_policy
@@ -59,9 +59,13 @@ class Job:
         return [Prompt(i, "", tokens) for i, tokens in enumerate(ids)]
 
 
+JOBS = {False: Job(64, 16, 128, 300.0, 1024), True: Job(3, 4, 6, 8.0, 16)}
+"""By the small form."""
+
+
 def rollout(bench: Bench) -> None:
     """In order of importance: whatever is known when time runs out has been written."""
-    job = Job(3, 4, 6, 8.0, 16) if bench.small else Job(64, 16, 128, 300.0, 1024)
+    job = JOBS[bench.small]
     for i, shape in enumerate(dict.fromkeys(shapes(bench))):
         _engines(bench, shape, job, FASTER_THAN_TRANSFORMERS[i])
         for rows, length in ((6, 8),) if bench.small else ((512, 384), (1024, 640), (64, 640), (1, 640)):
@@ -74,8 +78,7 @@ def make_policy(bench: Bench, shape: Shape, job: Job) -> Policy:
     model = make_model(shape, bench.device, dtype_of(bench))
     make_ending(model, [p.token_ids for p in job.make(shape.vocabulary)[:4]], end=_END, mean=job.mean)
     config = GRPOConfig(device="cuda:0" if bench.device.type == "cuda" else "cpu")
-    tokenizer = make_tokenizer(replace(shape, vocabulary=shape.vocabulary - 1), eos_token=str(_END), pad_token="0")
-    return load_policy(model, tokenizer, config)
+    return load_policy(model, make_word_tokenizer(shape.vocabulary), config)
 
 
 def _engines(bench: Bench, shape: Shape, job: Job, required: float) -> None:
@@ -175,13 +178,16 @@ def _steady(bench: Bench, shape: Shape, job: Job, rows: int, length: int) -> Row
         raise ValueError(f"not decoded over slots: {engine.reason or engine.unslotted}")
     sampling = Sampling(length + 4 * BURST)
     with torch.no_grad(), policy.mode(training=False):
-        session = Session.make(Plan.of(policy.model, rows, job.n, job.length, sampling), engine._shape)
+        plan = Plan.of(policy.model, rows, job.n, job.length, sampling)
+        session = Session.make(plan, engine._shape, job.n)
+        if session.plan != plan:
+            raise torch.cuda.OutOfMemoryError(f"room for {session.plan.rows} rows")
         session.cache.pool.normal_()
-        burst = session.burst(policy.model, sampling, rows)
+        burst = session.burst(policy.model, sampling, rows, plan.longest)
         runs = [partial(burst.run, _state(session, rows, job, length))]
         times = bench.times(runs, rounds=5, warmup=2)
     times = {name: round(value / BURST, 4) for name, value in times.items()}
-    limit = _limit(bench, policy, engine, rows, length)
+    limit = _limit(bench, policy, engine, job, rows, length)
     found: Row = {**times, "captured": session.reason is None, "tokens_per_second": round(1e3 * rows / times["ms"])}
     if limit:
         found |= {"limit_ms": round(limit, 4), "ratio_to_limit": round(times["ms"] / limit, 3)}
@@ -201,7 +207,7 @@ def _state(session: Session, rows: int, job: Job, length: int) -> torch.Tensor:
     return state.to(cache.shape.device)
 
 
-def _limit(bench: Bench, policy: Policy, engine: LoopEngine, rows: int, length: int) -> float | None:
+def _limit(bench: Bench, policy: Policy, engine: LoopEngine, job: Job, rows: int, length: int) -> float | None:
     """ms: keys and values at the copy's bandwidth, and the weights' bytes or products, whichever takes longer.
 
     The copy moves bytes both ways; what is only read is assumed to come as fast.
@@ -210,7 +216,8 @@ def _limit(bench: Bench, policy: Policy, engine: LoopEngine, rows: int, length: 
     rate = measured(bench, "gemm_rate", "tflops")
     if not bandwidth or not rate or engine._shape is None:
         return None
-    kept = rows * length * engine._shape.numbers * engine._shape.dtype.itemsize / bandwidth / 1e6
+    own, prompts = rows * (length - job.length), -(-rows // job.n) * job.length  # a prompt once for its rows
+    kept = (own + prompts) * engine._shape.numbers * engine._shape.dtype.itemsize / bandwidth / 1e6
     weights = policy.num_parameters * policy.dtype.itemsize / bandwidth / 1e6
     products = 2 * rows * policy.num_parameters / rate / 1e9
     return kept + max(weights, products)

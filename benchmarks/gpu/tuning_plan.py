@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.gpu import predict_head, predict_rollout, predict_update
 from benchmarks.gpu.machine import H200, Machine, exp_gemm, gemm
+from benchmarks.gpu.predict_rollout import Path
 from benchmarks.gpu.predict_update import layouts, matrices, shape_of, workload
 from fastgrpo_kernels import PackedLayout
 from fastgrpo_kernels.head.exp_gemm.config import WIDE
@@ -72,11 +73,13 @@ def _update() -> Iterator[Candidate]:
 
 
 def _decoding() -> Iterator[Candidate]:
-    for model, rows, length in ((_SMALL, 512, 384), (_LARGE, 1024, 640)):
+    for model, rows, path in ((_SMALL, 512, Path(128, 256, 16)), (_LARGE, 1024, Path(128, 512, 16))):
         s, case = shape_of(model), f"decoding, {model}, {rows} rows"
 
-        def step(machine: Machine = H200, body: str = "eager", s: Any = s, rows: int = rows, n: int = length) -> float:
-            return sum(predict_rollout.step_seconds(machine, s, rows, n, body).values())
+        def step(
+            machine: Machine = H200, body: str = "eager", s: Any = s, rows: int = rows, path: Path = path
+        ) -> float:
+            return sum(predict_rollout.step_seconds(machine, s, rows, path, body).values())
 
         refuted = "small kernels that follow one another in less than 1 us each in a graph's trace"
         yield Candidate(

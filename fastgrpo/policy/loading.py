@@ -62,6 +62,37 @@ def load_policy(model: Any, processing_class: Any, config: GRPOConfig, peft_conf
     return policy
 
 
+def load_skeleton(model: Any, config: GRPOConfig) -> Any:
+    """The causal model with its weights on the meta device: of a hub name or a folder only the config is read.
+
+    model: as of `load_policy`. A factory is called, since nothing else knows what it makes; a loaded model is returned.
+    Raises ValueError, in one line, for what is not a model.
+    """
+    model, _ = _resolve_factory(model, config.seed)
+    if isinstance(model, str):
+        from transformers import AutoConfig
+
+        options = {"trust_remote_code": config.trust_remote_code, "revision": config.model_revision or "main"}
+        _check_folder(model)
+        try:
+            model = skeleton_of(AutoConfig.from_pretrained(model, **options))
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"model={model!r} cannot be loaded: {_first_line(error)}") from error
+    if not hasattr(model, "get_decoder"):
+        raise ValueError(f"model must be a causal language model of transformers, got {type(model).__name__}")
+    return model
+
+
+def skeleton_of(model_config: Any) -> Any:
+    """The causal model of a transformers config on the meta device; a mapping names its "model_type"."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if isinstance(model_config, dict):
+        model_config = AutoConfig.for_model(**model_config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_config)
+
+
 def _drop_nothing(model: Any) -> None:
     """No dropout: samples know none, so in the update it would make every ratio noise. Adapters have their own."""
     for module in model.modules():
@@ -155,17 +186,21 @@ def _call_factory(path: str, seed: int) -> Any:
 def _from_pretrained(source: str, config: GRPOConfig, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    folder = Path(source).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"model={source!r} is a folder without a config.json: not a model")
-    if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise ValueError(f"model={source!r}: no such folder")
+    _check_folder(source)
     try:
         return AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, trust_remote_code=config.trust_remote_code, revision=config.model_revision or "main"
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model={source!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _check_folder(source: str) -> None:
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"model={source!r} is a folder without a config.json: not a model")
+    if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise ValueError(f"model={source!r}: no such folder")
 
 
 def _load_tokenizer(source: Any, model: Any, config: GRPOConfig) -> Any:

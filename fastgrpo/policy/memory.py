@@ -2,10 +2,10 @@
 
 Counted: what autograd saves in the layers as transformers writes them (RMSNorm in fp32 whatever the dtype, every
 product apart, `shared_prefix_attention`'s q, k, v, output and log-sum-exp), the rotary table, the final norm, and the
-scored rows that the LM head reads; and, for the peak, what the backward adds before it frees. All weights train. Not
-counted: weights, gradients, the optimizer, the head's own buffers, the inside of an attention kernel, adapters, and
-layers fused by a compiler. docs/update.md has the formulas written out; tests hold them against the tensors that
-autograd saves and against the allocator.
+scored rows that the LM head reads; and, for the peak, what the backward adds before it frees. All weights train, or
+LoRA adapters alone. Not counted: weights, gradients, the optimizer, the head's own buffers, the inside of an attention
+kernel, and layers fused by a compiler. docs/update.md has the formulas written out; tests hold them against the tensors
+that autograd saves and against the allocator.
 """
 
 from __future__ import annotations
@@ -44,11 +44,30 @@ _FAMILIES = {
     "olmo2": _Family(qk_norms="row", late_norms=True),
 }
 
+# The linear layers of a decoder layer, those that read the same tensor together.
+_LINEARS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+_FUSED_LINEARS = (("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",))
+
 # What these save for the backward is their input, beside their output, which the product with `up` saves.
 _ACTIVATIONS = {"silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh"}
 
 # Dropout keeps a mask and a second copy, in training alone.
 _DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """LoRA in fp32, as PEFT makes it whatever the model's dtype, without dropout; all other weights are frozen.
+
+    rank: r. targets: names of the adapted linear layers, such as "q_proj"; None = all but the LM head.
+    """
+
+    rank: int
+    targets: frozenset[str] | None = None
+
+    def among(self, names: tuple[str, ...]) -> int:
+        """How many of these layers are adapted."""
+        return len(names) if self.targets is None else sum(name in self.targets for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +80,8 @@ class ActivationMemory:
     outside:    ids, positions, rotary table and final norm, whatever the number of layers.
     mlp:        what the backward of the last layer's MLP adds, less the final norm, which is done by then.
     norm:       what the backward of the final norm adds.
+    forward:    the most that a forward without gradients has at once.
+    unneeded:   what the first layer does not keep, where no layer is checkpointed: with frozen embeddings, its norm.
     scored_row: bytes per scored token: the hidden state the LM head reads, later its gradient, and the row's index.
     num_layers: decoder layers.
     """
@@ -73,6 +94,8 @@ class ActivationMemory:
     norm: int
     scored_row: int
     num_layers: int
+    forward: int = 0
+    unneeded: int = 0
 
     def kept(self, num_tokens: int, *, num_scored: int | None = None, checkpoint_every: int = 0) -> int:
         """Bytes alive between the forward and the backward of a micro-batch.
@@ -88,6 +111,7 @@ class ActivationMemory:
             raise ValueError(f"checkpoint_every must be 0 (never) or positive, got {checkpoint_every}")
         checkpointed = -(-self.num_layers // checkpoint_every) if checkpoint_every else 0
         body = checkpointed * self.checkpoint + (self.num_layers - checkpointed) * self.layer + self.outside
+        body -= 0 if checkpoint_every else self.unneeded
         return num_tokens * body + scored * self.scored_row
 
     def peak(self, num_tokens: int, *, num_scored: int | None = None, checkpoint_every: int = 0) -> int:
@@ -104,48 +128,113 @@ class ActivationMemory:
         return kept + num_tokens * max(self.norm, grown + self.mlp)
 
 
-def activation_memory(config: Any, *, dtype: torch.dtype) -> ActivationMemory:
+def activation_memory(
+    config: Any, *, dtype: torch.dtype, adapters: Adapters | None = None, on_cpu: bool = False
+) -> ActivationMemory:
     """The formula's numbers for a model of the transformers config `config`, run in `dtype`.
 
+    adapters: what trains in place of all weights. on_cpu: where sums of two dtypes, as adapters make, copy a summand.
     Dense decoders only: llama, mistral, qwen2, qwen3, smollm3, granite, phi3, olmo2; float32, bfloat16, float16.
     Raises ValueError with the reason for every other model, activation, dropout or dtype: nothing is guessed.
     """
     config = config.get_text_config()
     family = _family(config, dtype)
-    e, hidden, heads = dtype.itemsize, config.hidden_size, config.num_attention_heads
+    e, hidden, inner = dtype.itemsize, config.hidden_size, config.intermediate_size
+    heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     q, k = heads * head_dim, (config.num_key_value_heads or heads) * head_dim
     # A norm keeps its input in fp32, 1 / rms per row, and, for its weight's gradient, what the weight multiplies.
-    normed = _FLOAT if family.late_norms else e
+    normed = 0 if adapters else _FLOAT if family.late_norms else e
 
     def norm(width: int, rows: int = 1) -> int:
         return (_FLOAT + normed) * width + _FLOAT * rows
 
-    attention = e * 2 * (q + k) + _FLOAT * heads
-    if family.fused_qkv:
-        attention += e * (q + k)
-    if family.qk_norms == "head":
-        attention += norm(q, heads) + norm(k, k // head_dim)
-    elif family.qk_norms == "row":
-        attention += norm(q) + norm(k)
-    mlp = e * 4 * config.intermediate_size  # gate, its activation, up, their product
-    projected = e * 2 * hidden  # what q, k, v read, what gate and up read
-    layer = 2 * norm(hidden) + projected + attention + mlp
+    rows = (heads, k // head_dim) if family.qk_norms == "head" else (1, 1)
+    qk_norms = (norm(q, rows[0]), norm(k, rows[1])) if family.qk_norms else (0, 0)
+    attention = e * 2 * (q + k) + _FLOAT * heads + sum(qk_norms) + e * (q + k) * family.fused_qkv
+    mlp = e * 3 * inner  # gate, its activation, up
+    layer = 2 * norm(hidden) + attention + mlp + _inputs(family, e, hidden, q, inner, adapters)
     rotary_dim = int(head_dim * ((getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor") or 1))
     rotary = 2 * rotary_dim * (_FLOAT if family.late_norms else e)
     # The layer's input is one of the tensors it saves, unless a norm reads it first and has to make it fp32.
     saves_input = family.late_norms or dtype == torch.float32
+    moments = _Moments(family, e, hidden, inner, adapters, on_cpu)
     return ActivationMemory(
         layer=layer,
         checkpoint=e * hidden,
         recomputed=layer - e * hidden * saves_input,
         outside=2 * _INDEX + rotary + norm(hidden),
-        # Gradients of the product and of both factors, where the product itself is done with; and of the residual.
-        mlp=e * (2 * config.intermediate_size + hidden) - norm(hidden),
+        mlp=moments.backward() - norm(hidden),
         norm=5 * _FLOAT * hidden,  # written in plain operations, each with its own result
         scored_row=e * hidden + _INDEX,
         num_layers=config.num_hidden_layers,
+        forward=moments.forward(q, k) + 2 * _INDEX + rotary,
+        unneeded=_unneeded(adapters, 0 if family.late_norms else norm(hidden), qk_norms),
     )
+
+
+def _inputs(family: _Family, e: int, hidden: int, q: int, inner: int, adapters: Adapters | None) -> int:
+    """What the linear layers read and so keep, the output of attention apart, which it keeps itself."""
+    reads = (hidden, q, hidden, inner)
+    if adapters is None:
+        return e * (2 * hidden + inner)
+    kept = 0
+    for names, width in zip(_FUSED_LINEARS if family.fused_qkv else _LINEARS, reads, strict=True):
+        adapted = adapters.among(names)
+        # An adapter reads its own fp32 copy where the model is not fp32; its two factors have r numbers between them.
+        copies = adapted * width if e != _FLOAT else 0 if names == ("o_proj",) else bool(adapted) * width
+        kept += _FLOAT * (copies + adapted * adapters.rank)
+    return kept
+
+
+def _unneeded(adapters: Adapters | None, norm: int, qk_norms: tuple[int, int]) -> int:
+    """What norms of the first layer would keep for a gradient of frozen embeddings, which nobody wants."""
+    if adapters is None:
+        return 0
+    return norm + sum(n for n, name in zip(qk_norms, ("q_proj", "k_proj"), strict=True) if not adapters.among((name,)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Moments:
+    """Temporary tensors of the MLP, where a layer has most of them: bytes per token."""
+
+    family: _Family
+    e: int
+    hidden: int
+    inner: int
+    adapters: Adapters | None
+    on_cpu: bool
+
+    @property
+    def _sum(self) -> int:
+        """What an adapter of the last product before the activation's has beside the layer's own output."""
+        _, _, names, _ = _FUSED_LINEARS if self.family.fused_qkv else _LINEARS
+        if self.adapters is None or not self.adapters.among(names):
+            return 0
+        width = self.inner * (1 + self.family.fused_qkv)
+        return _FLOAT * width * (2 + (self.on_cpu and self.e != _FLOAT))  # scaled; the sum; its summand in fp32
+
+    def forward(self, q: int, k: int) -> int:
+        """Of a forward without gradients, where results are dropped when they have been read, at most."""
+        e, hidden, inner = self.e, self.hidden, self.inner
+        residuals = e * (3 if self.family.late_norms else 4) * hidden
+        norm = e * 2 * hidden + 2 * _FLOAT * hidden
+        rotation = e * (3 * hidden + 4 * q + 2 * k)
+        product = e * (4 if self.family.fused_qkv else 3) * inner
+        adapted = e * 2 * inner + self._sum + _FLOAT * hidden * (e != _FLOAT) if self._sum else 0
+        return max(norm, rotation, residuals + max(product, adapted))
+
+    def backward(self) -> int:
+        """Of the last layer, beyond what is kept: in its backward, or with adapters where its forward ends."""
+        e, hidden, inner = self.e, self.hidden, self.inner
+        # Gradients of the product and of both factors, where the product itself is done with; and of the residual.
+        if self.adapters is None:
+            return e * (2 * inner + hidden)
+        down = bool(self.adapters.among(("down_proj",)))
+        if e == _FLOAT:
+            return e * ((3 - down) * inner + hidden * (1 + self.family.fused_qkv))
+        later = _FLOAT * inner * down + e * inner * self.family.fused_qkv  # kept in the end, but not there yet
+        return max((_FLOAT if down else 3 * e) * inner, self._sum - later) + 12 * hidden
 
 
 def _family(config: Any, dtype: torch.dtype) -> _Family:

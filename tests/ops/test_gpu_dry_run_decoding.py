@@ -11,7 +11,7 @@ import torch
 import fastgrpo_kernels as fk
 
 from .gpu_dry_run import install
-from .test_gpu_dry_run import BF16, FP16, FP32, floats, ints, run_clean
+from .test_gpu_dry_run import BF16, FP16, FP32, floats, run_clean
 
 pytestmark = pytest.mark.usefixtures("fake_gpu")
 
@@ -29,15 +29,16 @@ def attend(
         q = floats(heads * repeat, rows, size, dtype=dtype).transpose(0, 1)
     k, v = (floats(rows, heads, size, dtype=dtype) for _ in range(2))
     keys, values = (floats(5000, heads, size, dtype=dtype) for _ in range(2))
-    fk.decode_attention(q, k, v, keys, values, *(ints(rows) for _ in range(4)), **options)
+    where = torch.empty(4, rows, dtype=torch.int64, device="cuda")
+    fk.decode_attention(q, k, v, keys, values, *where.unbind(), **options)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(("heads", "repeat", "size"), [(2, 7, 64), (8, 4, 128), (4, 2, 256)])
 def test_decode_attention(heads: int, repeat: int, size: int, dtype: torch.dtype) -> None:
-    for rows, by_head, capturing in product((1, 24, 512), (False, True), (False, True)):
+    for rows, by_head, capturing in product((1, 3, 24, 513), (False, True), (False, True)):
         run = run_clean(lambda: attend(rows, heads, repeat, size, dtype, by_head=by_head), capturing=capturing)  # noqa: B023
-        assert run.names == (["attend_path"] if rows == 512 else ["attend_path", "merge_pieces"])
+        assert run.names == (["attend_path"] if rows == 513 else ["attend_path", "merge_pieces"])
     assert run_clean(lambda: attend(0, heads, repeat, size, dtype)).launches == []
 
 

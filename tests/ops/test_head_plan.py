@@ -10,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from fastgrpo_kernels import HeadPlan, LossConfig, linear_grpo_loss, linear_logprob, watch_plans
 from fastgrpo_kernels.head import plan as planning
-from fastgrpo_kernels.head.plan import HeadProblem, even_windows, plan_head, sequence_windows
+from fastgrpo_kernels.head.operands import HeadOperands
+from fastgrpo_kernels.head.plan import HeadProblem, even_windows, head_bytes, plan_head, sequence_windows
 
 SIZES = ((4096, 128256), (2048, 151936), (896, 151936))
 N = 32768
@@ -285,3 +287,46 @@ def test_watching_sees_a_plan_per_call_and_nests() -> None:
         ("recomputed", 4, 2),  # one for forward and backward
     ]
     assert [plan.schedule for plan in outer] == ["fused", "forward", "recomputed"]
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "vocab_size"), [(600, 3000), (300, 30000)])
+def test_head_bytes_on_the_host(rows: int, vocab_size: int, dtype: torch.dtype, trainable: bool) -> None:
+    """Against the allocator, over a forward and backward in one window and in several."""
+    hidden = torch.randn(rows, 64).to(dtype).requires_grad_()
+    weight = torch.randn(vocab_size, 64).to(dtype).requires_grad_(trainable)
+    others = torch.randint(vocab_size, (rows,)), torch.randn(3), torch.tensor([0, 100, 200, rows], dtype=torch.int32)
+
+    def step() -> None:
+        linear_grpo_loss(hidden, weight, *others).loss.backward()
+        hidden.grad = weight.grad = None
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, watch_plans() as plans:
+        step()
+    live = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    made = problem(num_rows=rows, hidden_size=64, vocab_size=vocab_size, dtype=dtype, trainable=trainable)
+    made = dataclasses.replace(made, on_device=False, tensor_copies=False)
+    assert peak == pytest.approx(head_bytes(made, plans[0]), rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["epilogue", "single_read", "two_read"])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_head_bytes_on_a_device(method: str, trainable: bool) -> None:
+    """Against the buffers that the code for a GPU allocates, here without one."""
+    device = pytest.importorskip("fastgrpo_kernels.head.device")
+    N, D, V = 700, 64, 5000
+    made = problem(num_rows=N, hidden_size=D, vocab_size=V, trainable=trainable)
+    plan = plan_head(made, schedule=method)
+    hidden, weight = torch.empty(N, D, dtype=torch.bfloat16), torch.empty(V, D, dtype=torch.bfloat16)
+    target = torch.zeros(N, dtype=torch.int64)
+    operands = HeadOperands(hidden, weight, None, None, None, target, 1.0, None, 1.0, None, None, "")
+    head = device.DeviceHead(operands, plan, [True, trainable, False, False, False], None, (None, None))
+    buffers = [head._chunk, head._logits, *head._sums._gradients]
+    large = sum(x.untyped_storage().nbytes() for x in buffers)
+    assert large + 6 * plan.chunk_rows * D == head_bytes(made, plan)

@@ -18,7 +18,8 @@ import yaml
 from safetensors.torch import load_file
 
 _SCRIPT = Path(__file__).with_name("killed_run.py")
-_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(_SCRIPT.parent), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+_PATH = os.pathsep.join(filter(None, [str(_SCRIPT.parent), os.environ.get("PYTHONPATH")]))
+_ENVIRONMENT = {**os.environ, "PYTHONPATH": _PATH, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -155,6 +156,18 @@ def test_killed_while_rollouts_are_pending(runs: Runs, whole: Path, tiny_model_d
     assert any((folder / "rollouts.safetensors").exists() for folder in kept.iterdir())
     runs.run("never", 0, config, 0)
     _assert_same_run(whole, tmp_path)
+
+
+def test_ppo_killed_and_resumed(runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Between a step of the policy and that of the critic, and while the critic is being saved."""
+    runs.run("never", 0, _config(tmp_path / "whole", tiny_model_dir, algorithm="ppo"), 0)
+    config = _config(tmp_path / "killed", tiny_model_dir, algorithm="ppo", save_steps=1)
+    for moment, at in [("optimizer", 5), ("save-half", 3)]:
+        runs.run(moment, at, config, -signal.SIGKILL)
+    runs.run("never", 0, config, 0)
+    _assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    last = Path("run", "checkpoints", "step-00000008", "critic.safetensors")
+    assert (tmp_path / "whole" / last).read_bytes() == (tmp_path / "killed" / last).read_bytes()
 
 
 def test_killed_from_outside(whole: Path, tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_what_does_not_add_up_names_the_numbers() -> None:
         pack([good, _rollout(1, 2, 0)], max_tokens=9)
     with pytest.raises(ValueError, match=r"rollouts\[0\]: a prompt of 0 tokens and a completion of 3"):
         pack([_rollout(0, 0, 3)], max_tokens=9)
-    with pytest.raises(ValueError, match=r"rollouts\[0\].old_logprob: \[4\] log-probs for 3 tokens"):
+    with pytest.raises(ValueError, match=r"rollouts\[0\].old_logprob: \[4\] numbers for 3 tokens"):
         pack([_rollout(0, 2, 3, old_logprob=torch.zeros(4))], max_tokens=9)
 
 
@@ -199,7 +199,7 @@ def test_dtypes_and_missing_logprobs() -> None:
 
 def test_log_probs_of_some_completions_only_are_a_mistake() -> None:
     rollouts = [_rollout(0, 2, 3), _rollout(1, 1, 2, old_logprob=torch.zeros(2))]
-    with pytest.raises(ValueError, match="1 of 2 completions have log-probs"):
+    with pytest.raises(ValueError, match="old_logprob: 1 of 2 completions have it"):
         pack(rollouts, max_tokens=50)
 
 

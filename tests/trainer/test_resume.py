@@ -25,8 +25,15 @@ class TestResume:
             {"use_peft": True, "lora_r": 2, "lora_dropout": 0.2, "beta": 0.1},
             {"dtype": "bfloat16", "save_steps": 1},
             {"dynamic_sampling": True, "dynamic_sampling_max_rounds": 2, "lr_scheduler_type": "cosine"},
+            {"algorithm": "ppo", "num_iterations": 2, "num_minibatches": 2, "save_steps": 3},
+            {"algorithm": "ppo", "dtype": "bfloat16", "sync_ref_model": True, "ref_model_sync_steps": 1},
+            {"algorithm": "ppo", "use_peft": True, "lora_r": 2, "lora_dropout": 0.2, "num_generations": 1},
+            {"algorithm": "reinforce_pp", "num_minibatches": 2, "save_steps": 3},
         ],
-        ids=["plain", "pending-rollouts", "moving-reference", "lora-dropout", "bf16", "dynamic"],
+        ids=[
+            *("plain", "pending-rollouts", "moving-reference", "lora-dropout", "bf16", "dynamic"),
+            *("ppo-pending-rollouts", "ppo-bf16-moving-reference", "ppo-lora-dropout", "reinforce_pp-pending-rollouts"),
+        ],
     )
     def test_a_run_in_two_parts_is_bitwise_the_run_in_one(
         self, options: dict[str, Any], tiny_model_dir: Path, tmp_path: Path
@@ -46,6 +53,9 @@ class TestResume:
             assert timeless(read_lines(whole)) == timeless(read_lines(parts))
         else:
             assert_same_run(whole, parts)
+        if options.get("algorithm") == "ppo":
+            last = Path("run", "checkpoints", "step-00000004", "critic.safetensors")
+            assert (whole / last).read_bytes() == (parts / last).read_bytes()
 
     def test_the_same_seed_gives_the_same_run_and_another_seed_another(
         self, tiny_model_dir: Path, tmp_path: Path
@@ -99,8 +109,15 @@ class TestResume:
         with pytest.raises(CheckpointError, match="is not what it was"):
             make_trainer(tiny_model_dir, tmp_path, **{**options, "max_steps": 4}, train_dataset=rows).train()
 
+    def test_a_critic_cannot_come_from_nowhere(self, tiny_model_dir: Path, tmp_path: Path) -> None:
+        make_trainer(tiny_model_dir, tmp_path).train()
+        with pytest.raises(CheckpointError, match="holds no critic, but algorithm=ppo trains one"):
+            make_trainer(tiny_model_dir, tmp_path, algorithm="ppo", allow_config_change=True, max_steps=6).train()
+
     @pytest.mark.parametrize(
-        "options", [{"beta": 0.1}, {"use_peft": True, "lora_r": 2, "beta": 0.1}], ids=["full", "lora"]
+        "options",
+        [{"beta": 0.1}, {"use_peft": True, "lora_r": 2, "beta": 0.1}, {"algorithm": "ppo"}],
+        ids=["full", "lora", "ppo"],
     )
     def test_one_trainer_trained_twice_is_the_run_in_one(
         self, options: dict[str, Any], helpers: Any, tmp_path: Path

@@ -5,6 +5,8 @@ The ops' PyTorch paths stand in for their kernels, and bursts are short. Kernels
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,128 @@ def test_a_session_lives_on_while_it_fits(policy: Policy, monkeypatch: pytest.Mo
     assert engine._session is not None
     engine.close()
     assert engine._session is None
+
+
+def test_what_was_generated_before_changes_nothing(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither how paths are split nor which prompts wait: a run that goes on begins with an empty session."""
+    launches: list[tuple[int, int]] = []
+    attend = slots.decode_attention
+
+    def spy(q: Tensor, *args: Any, longest: int, **options: Any) -> Tensor:
+        launches.append((len(q), longest))
+        return attend(q, *args, longest=longest, **options)
+
+    monkeypatch.setattr(slots, "decode_attention", spy)
+    prompts = [Prompt(i, "", [5 + (7 * i + j) % 90 for j in range(20)]) for i in range(12)]
+    sampling = Sampling(30, 1.2, seed=5, stop_token_ids=(11, 12))
+
+    def generate(engine: LoopEngine) -> tuple[list[tuple[int, int]], list[Rollout]]:
+        launches.clear()
+        rollouts = engine.generate(prompts, 4, sampling)
+        return launches[-2000:], rollouts
+
+    fresh = _engine(policy, 16)
+    fresh.generate(prompts[:1], 1, Sampling(1, 0.5))  # finds out how the model is decoded
+    want, expected = generate(fresh)
+    want = list(want)
+    used = _engine(policy, 16)
+    used.generate([Prompt(0, "", [5] * 300)], 2, sampling)  # longer prompts
+    used.generate(prompts * 2, 1, sampling)  # more prompts at once, as an evaluation has them
+    session = used._session
+    got, rollouts = generate(used)
+    assert used._session is session
+    assert got == want
+    assert all(torch.equal(a.sampling_logprob, b.sampling_logprob) for a, b in zip(rollouts, expected, strict=True))
+
+
+def test_memory_that_is_short(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer rows, fewer prompts, the same session every time; room for another `generate` is given up first."""
+    shape = KeyShape(2, 2, 8, torch.float32, torch.device("cpu"))
+    plan = burst.Plan(256, slots.groups_at_once(256, 1), 1024, 1024, (1.0, 0, 1.0, 0.0), ())
+    whole = slots.slot_bytes(shape, 256, 256, 1024, 1024)
+    assert plan.within(None, shape, 1) is plan.within(whole, shape, 1) is plan
+    half = plan.within(whole - 1, shape, 1)
+    assert (half.rows, half.groups) == (128, 128)
+    assert plan.within(1, shape, 1).rows == 1
+    small = burst.Plan(8, 5, 128, 16, plan.drawing, ())
+    free = slots.slot_bytes(shape, 8, 5, 128, 16)
+    monkeypatch.setattr(
+        burst.Plan, "within", lambda p, _, shape, n, within=burst.Plan.within: within(p, free, shape, n)
+    )
+    assert burst.Session.make(small, shape, 4, before=plan).plan == small
+    assert burst.Session.make(plan, shape, 1, before=small).asked == plan
+
+    engine = _engine(policy, 64)
+    prompts = _prompts(policy, *("z" * n for n in (9, 2, 8, 9, 7, 9)))
+    rollouts = engine.generate(prompts, 4, Sampling(12, 1.4, seed=1))
+    session = engine._session
+    assert session is not None
+    assert session.plan.rows < session.asked.rows == 24
+    _assert_true_logprobs(policy, rollouts, 1.4)
+    engine.generate(prompts, 4, Sampling(12, 1.4, seed=2))
+    assert engine._session is session
+
+
+def test_the_split_is_tried_before_it_is_used(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = slots.decode_attention
+
+    def wrong_when_split(*args: Any, longest: int, **options: Any) -> Tensor:
+        return attend(*args, longest=longest, **options) * (1.5 if longest >= 4096 else 1.0)
+
+    monkeypatch.setattr(slots, "decode_attention", wrong_when_split)
+    engine = _engine(policy, 4)
+    engine.generate(_prompts(policy, "ab"), 2, Sampling(3))
+    assert "differ from a full forward's" in str(engine.unslotted)
+
+
+class _Graph:
+    """Stands in for `torch.cuda.graph`: what its end raises hides what went wrong inside."""
+
+    def __init__(self, *_: Any, **options: Any) -> None:
+        assert options["capture_error_mode"] == "thread_local"
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: Any) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_a_capture_that_fails_says_why_and_the_rest_goes_on(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[Any] = []
+
+    class Stream:
+        def wait_stream(self, _: Any) -> None: ...
+
+    @contextlib.contextmanager
+    def use(stream: Any) -> Iterator[None]:
+        entered.append(stream)
+        yield
+        entered.append(stream)
+
+    side, current = Stream(), Stream()
+    monkeypatch.setattr(torch.cuda, "graph", _Graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
+    shape = KeyShape(2, 2, 8, torch.float32, torch.device("cpu"))
+    plan = burst.Plan.of(policy.model, 2, 2, 5, Sampling(4))
+    session = burst.Session.make(plan, shape, 2)
+    session.stream, session.reason = side, None
+    calls = []
+
+    def advance(self: burst.Burst) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("a tensor was asked for its value")
+
+    monkeypatch.setattr(burst.Burst, "advance", advance)
+    made = session.burst(policy.model, Sampling(4), 2, plan.longest)
+    assert made.graph is None
+    assert session.reason == "ValueError: a tensor was asked for its value"
+    assert entered == [side, side, current]
+    assert session.burst(policy.model, Sampling(4), 1, plan.longest).graph is None
+    assert len(calls) == 3  # nothing more is captured
 
 
 def test_a_session_is_not_gone_on_with_after_an_error(policy: Policy) -> None:

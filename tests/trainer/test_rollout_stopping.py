@@ -71,6 +71,30 @@ def test_the_end_is_where_the_text_first_holds_a_string(make: Any) -> None:
     assert found > 50
 
 
+def test_a_character_may_take_several_tokens() -> None:
+    tokenizer = _byte_level()
+    for string in ("🎉" * 6, "คำตอบสุดท้าย", "###한국어답변끝"):
+        ids = tokenizer(f"hello {string} world", add_special_tokens=False).input_ids
+        prefixes = (tokenizer.decode(ids[:i]) for i in range(1, len(ids) + 1))
+        want = next(i for i, text in enumerate(prefixes, 1) if string in text)
+        assert Stopping(tokenizer, set(), (string,)).end_of(ids) == want
+
+
+def test_tokenizers_with_holes_and_without_letters() -> None:
+    """The last id is beyond the number of tokens; "a" is unknown here."""
+    words = {"<unk>": 0, "12": 1, "+": 2, "34": 3, "=": 4, "46": 9}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    for string, want in (("46", 5), ("= 4", 5), ("12 + ", 3), ("never", None)):
+        assert Stopping(fast, set(), (string,)).end_of([1, 2, 3, 4, 9, 1]) == want
+
+
+def test_special_tokens_have_no_text(tiny_tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=r"stop_strings=\['<\|im_end\|>'\] are special tokens.*stop_token_ids"):
+        Stopping(tiny_tokenizer, set(), ("a", "<|im_end|>"))
+
+
 def test_tokens_end_it_too(tiny_tokenizer: Any) -> None:
     ids = tiny_tokenizer("abcab", add_special_tokens=False).input_ids
     assert Stopping(tiny_tokenizer, {ids[2]}).end_of(ids) == 3

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgrpo.records import Prompt, Rollout
+from fastgrpo.records import PER_TOKEN, Prompt, Rollout
 from fastgrpo.state import (
     CheckpointError,
     load_json,
@@ -276,8 +276,7 @@ def rollouts(draw: st.DrawFn) -> Rollout:
         rewards=draw(st.dictionaries(st.text(max_size=3), number, max_size=3)),
         reward=draw(number),
         advantage=draw(number),
-        old_logprob=draw(st.none() | logprob),
-        ref_logprob=draw(st.none() | logprob),
+        **{name: draw(st.none() | logprob) for name in PER_TOKEN if name != "sampling_logprob"},
     )
 
 
@@ -297,7 +296,7 @@ def as_bits(rollout: Rollout) -> list[Any]:
         [(name, pack(value)) for name, value in rollout.rewards.items()],
         pack(rollout.reward),
         pack(rollout.advantage),
-        *(tensor(t) for t in (rollout.sampling_logprob, rollout.old_logprob, rollout.ref_logprob)),
+        *(tensor(getattr(rollout, name)) for name in PER_TOKEN),
     ]
 
 
@@ -326,7 +325,17 @@ def test_changed_data_set_is_noticed() -> None:
         unpack_rollouts(*packed, lambda index: Prompt(0, "1+1=", [1, 2, 4]))
 
 
-@pytest.mark.parametrize("name", ["sampling_logprob", "old_logprob", "ref_logprob"])
+def test_a_checkpoint_from_before_there_were_values(tmp_path: Path) -> None:
+    kept = rollout(old_logprob=torch.tensor([-1.0, -2.0]))
+    tensors, meta = pack_rollouts([kept])
+    older = {
+        name: tensor for name, tensor in tensors.items() if not name.startswith(("values", "returns", "advantages"))
+    }
+    [restored] = unpack_rollouts(older, meta, PROMPTS.__getitem__)
+    assert as_bits(restored) == as_bits(kept)
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
 def test_rollouts_of_another_shape_are_refused(name: str) -> None:
     for wrong in (torch.zeros(3), torch.zeros(2, dtype=torch.float64)):
         with pytest.raises(ValueError, match=rf"rollout 1: {name} is torch.float\d\d \[\d\], expected fp32 \[2\]"):

@@ -20,7 +20,7 @@ from fastgrpo.rollout.loop.cache import Group, Row
 from fastgrpo.rollout.loop.decoder import Decoder, Ended, logits_of
 from fastgrpo.rollout.loop.sampling import sample
 from fastgrpo.rollout.loop.slabs import KeyShape
-from fastgrpo.rollout.loop.slots import BURST, SlotCache, SlotStep, groups_at_once
+from fastgrpo.rollout.loop.slots import BURST, SlotCache, SlotStep, free_bytes, groups_at_once, rows_within, slot_bytes
 from fastgrpo.rollout.stopping import Stopping
 
 # A row's state: its newest token, its prompt's place and length, its own place and how many of its tokens are kept, and
@@ -29,13 +29,16 @@ _TOKEN, _WHERE, _LENGTH, _SLOT, _STATE = 0, slice(1, 5), 4, 5, 6
 
 # Room for prompts comes in steps: the next batch's longest one is rarely as long as this one's.
 _STEP = 128
-# Prompt tokens of one step, where attention makes no scores of them.
+# Prompt tokens of one step in half precision.
 _PREFILL_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a session is made for. addresses: of the weights, which captured steps read."""
+    """What one `generate` wants: all that its steps depend on, whatever session serves it.
+
+    rows: completions at once; groups: prompts kept at once. addresses: of the weights, which captured steps read.
+    """
 
     rows: int
     groups: int
@@ -50,11 +53,16 @@ class Plan:
         return cls(
             rows,
             groups_at_once(rows, n),
-            -(-longest_prompt // _STEP) * _STEP,
+            room_for(longest_prompt),
             sampling.max_tokens,
             (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p),
             tuple(parameter.data_ptr() for parameter in model.parameters()),
         )
+
+    @property
+    def longest(self) -> int:
+        """`SlotStep.longest`, coarsely: few captured steps do for all lengths."""
+        return 1 << (self.longest_prompt + self.max_tokens + BURST - 1).bit_length()
 
     def serves(self, other: Plan) -> bool:
         """Has it room for the other, whose tokens are drawn alike, from the same weights?"""
@@ -72,24 +80,43 @@ class Plan:
             max_tokens=max(self.max_tokens, other.max_tokens),
         )
 
+    def within(self, free: int | None, shape: KeyShape, n: int) -> Plan:
+        """This one, or with fewer rows, `n` of a prompt, if `free` bytes (None = enough) do not hold it."""
+        if free is None or slot_bytes(shape, self.rows, self.groups, self.longest_prompt, self.max_tokens) <= free:
+            return self
+        rows = rows_within(free, shape, self.rows, n, self.longest_prompt, self.max_tokens)
+        return replace(self, rows=rows, groups=groups_at_once(rows, n))
+
 
 @dataclass
 class Session:
-    """Keys and values, random numbers [slots, tokens], and the bursts that were made so far, by their rows.
+    """Keys and values, random numbers [slots, tokens], and the bursts made so far, by their rows and longest paths.
 
+    asked:  what it was made for; plan: what memory allows of that.
     reason: why steps are not captured in CUDA graphs; None when they are.
     """
 
+    asked: Plan
     plan: Plan
     cache: SlotCache
     uniforms: Tensor
     reason: str | None
-    bursts: dict[int, Burst] = field(default_factory=dict)
+    bursts: dict[tuple[int, int], Burst] = field(default_factory=dict)
+    stream: Any = None  # where captures are made
     memory: Any = None  # one pool for all graphs: only one runs at a time
 
     @classmethod
-    def make(cls, plan: Plan, shape: KeyShape) -> Session:
-        """Allocate it. Raises torch.cuda.OutOfMemoryError."""
+    def make(cls, wanted: Plan, shape: KeyShape, n: int, before: Plan | None = None) -> Session:
+        """Allocate it, for `n` completions of a prompt. Raises torch.cuda.OutOfMemoryError.
+
+        before: what the session that it replaces was made for; room for that stays, if there is memory.
+        """
+        on_gpu = shape.device.type == "cuda"
+        free = free_bytes(shape.device) if on_gpu else None
+        asked = wanted if before is None else before.grown(wanted)
+        plan = asked.within(free, shape, n)
+        if plan != asked:
+            asked, plan = wanted, wanted.within(free, shape, n)
         cache = SlotCache(
             shape,
             rows=plan.rows,
@@ -98,32 +125,37 @@ class Session:
             longest_completion=plan.max_tokens,
         )
         uniforms = torch.zeros(plan.rows, plan.max_tokens + BURST, dtype=torch.float64, device=shape.device)
-        if shape.device.type != "cuda":
-            return cls(plan, cache, uniforms, "CUDA graphs are for GPUs")
-        return cls(plan, cache, uniforms, None, memory=torch.cuda.graph_pool_handle())
+        if not on_gpu:
+            return cls(asked, plan, cache, uniforms, "CUDA graphs are for GPUs")
+        stream, memory = torch.cuda.Stream(shape.device), torch.cuda.graph_pool_handle()
+        return cls(asked, plan, cache, uniforms, None, stream=stream, memory=memory)
 
-    def burst(self, model: Any, sampling: Sampling, rows: int) -> Burst:
-        """One for at least so many rows."""
-        size = bucket(rows)
-        if size not in self.bursts:
-            burst = Burst(model, self.cache, sampling, self.uniforms, size)
-            if self.reason is None:
+    def burst(self, model: Any, sampling: Sampling, rows: int, longest: int) -> Burst:
+        """One for at least so many rows, of paths up to `longest`."""
+        key = bucket(rows), longest
+        if key not in self.bursts:
+            self.bursts[key] = burst = Burst(model, self.cache, sampling, self.uniforms, *key)
+            if self.stream is not None:
                 try:
-                    burst.capture(self.memory)
+                    burst.capture(self.stream, self.memory)
+                except torch.cuda.OutOfMemoryError as error:  # others may fit
+                    self.reason = str(error)
                 except RuntimeError as error:  # what the model does in its forward cannot be captured
-                    self.reason = f"{type(error).__name__}: {error}"
-            self.bursts[size] = burst
-        return self.bursts[size]
+                    cause = error.__context__ or error  # the end of a capture that failed fails, too
+                    self.reason, self.stream = f"{type(cause).__name__}: {cause}", None
+        return self.bursts[key]
 
 
 class Burst:
     """`size` rows in static tensors: their state, and the tokens and log-probs that come of it."""
 
-    def __init__(self, model: Any, cache: SlotCache, sampling: Sampling, uniforms: Tensor, size: int) -> None:
+    def __init__(
+        self, model: Any, cache: SlotCache, sampling: Sampling, uniforms: Tensor, size: int, longest: int
+    ) -> None:
         device = cache.shape.device
         self.model, self.sampling, self.uniforms = model, sampling, uniforms
         self.state = torch.zeros(_STATE, size, dtype=torch.int64, device=device)
-        self.step = SlotStep(cache, self.state[_WHERE])
+        self.step = SlotStep(cache, self.state[_WHERE], longest)
         self.turn = torch.zeros(1, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(BURST, size, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(BURST, size, device=device)
@@ -150,17 +182,23 @@ class Burst:
         self.logprobs.index_copy_(0, self.turn, logprobs[None])
         self.turn.add_(1)
 
-    def capture(self, memory: Any) -> None:
-        """Capture `advance`, tried out before on rows that are nobody's."""
-        device = self.state.device
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
+    def capture(self, stream: Any, memory: Any) -> None:
+        """Capture `advance`, tried out before on rows that are nobody's.
+
+        Other threads may use the GPU meanwhile, as rewards do. A capture that fails leaves its stream behind as the
+        current one: the outer context puts back what was.
+        """
+        current = torch.cuda.current_stream(self.state.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             for _ in range(2):
                 self.advance()
-        torch.cuda.current_stream(device).wait_stream(side)
+        current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory):
+        with (
+            torch.cuda.stream(current),
+            torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"),
+        ):
             self.advance()
         self.graph = graph
 
@@ -197,11 +235,14 @@ class SlotDecoder(Decoder):
 
     cache: SlotCache
 
-    def __init__(self, model: Any, session: Session, sampling: Sampling, stopping: Stopping, batch_size: int) -> None:
+    def __init__(self, model: Any, session: Session, plan: Plan, sampling: Sampling, stopping: Stopping) -> None:
+        batch_size = min(plan.rows, session.plan.rows)
         super().__init__(model, session.cache, sampling, stopping, batch_size)
+        self.longest = plan.longest
+        self.groups = min(plan.groups, session.plan.groups)  # a session may have room for more
         self.session = session
         self.uniforms = session.uniforms
-        self.prefill_tokens = _PREFILL_TOKENS if session.cache.shape.dtype.itemsize == 2 else Decoder.prefill_tokens
+        self.prefill_tokens = tokens_at_once(session.cache.shape.dtype)
         self.refill = batch_size // 8
         self.rows: list[Row] = []  # those of `state`, in order, and how many tokens each has
         self.state = torch.zeros(_STATE, 0, dtype=torch.int64, device=self.device)
@@ -218,15 +259,20 @@ class SlotDecoder(Decoder):
             return []
         return super()._next_prompts(waiting, n)
 
+    def _fits(self, groups: list[Group]) -> bool:
+        return super()._fits(groups) and self.cache.kept + len(groups) <= self.groups
+
     def _turn(self, groups: list[Group], ended: Ended) -> list[Row]:
         self._look_at_rows()
         if groups:
-            step = SlotStep(self.cache, self.state[_WHERE], groups)
+            step = SlotStep(self.cache, self.state[_WHERE], self.longest, groups)
             tokens, logprobs, logits = draw(self.model, step, self.state, self.uniforms, self.sampling, groups)
             self._make_ready(groups, logits)
             tokens, logprobs = tokens[None], logprobs[None]
         else:
-            tokens, logprobs = self.session.burst(self.model, self.sampling, len(self.rows)).run(self.state)
+            tokens, logprobs = self.session.burst(self.model, self.sampling, len(self.rows), self.longest).run(
+                self.state
+            )
         finished = self._keep(tokens.cpu().numpy(), logprobs.cpu().numpy(), ended) if self.rows else []
         self.cache.remove(finished)
         return finished
@@ -255,7 +301,9 @@ class SlotDecoder(Decoder):
         by_itself = np.isin(tokens, self._ends)
         if len(self._candidates):
             for turn, i in np.argwhere(np.isin(tokens, self._candidates)):
-                by_itself[turn, i] |= self.stopping.ended(self.tokens[self.slots[i], : columns[turn, i] + 1].tolist())
+                end = columns[turn, i] + 1
+                tail = self.tokens[self.slots[i], max(0, end - self.stopping.tail) : end]
+                by_itself[turn, i] |= self.stopping.ended(tail.tolist())
         last = by_itself | (columns + 1 >= self.sampling.max_tokens)
         finished = []
         for i in np.flatnonzero(last.any(0)).tolist():
@@ -267,6 +315,16 @@ class SlotDecoder(Decoder):
             finished.append(row)
         self.counts = self.counts + len(tokens)
         return finished
+
+
+def room_for(longest_prompt: int) -> int:
+    """Tokens that are kept free for every prompt."""
+    return -(-longest_prompt // _STEP) * _STEP
+
+
+def tokens_at_once(dtype: torch.dtype) -> int:
+    """Prompt tokens of a step. Only in half precision does attention make no scores of them."""
+    return _PREFILL_TOKENS if dtype.itemsize == 2 else Decoder.prefill_tokens
 
 
 def bucket(rows: int) -> int:

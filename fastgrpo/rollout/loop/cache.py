@@ -200,19 +200,19 @@ class Step:
         for i, row in enumerate(self.rows):
             readers.setdefault(row.group, []).append(i)
         parts, gather, back, base = [], [], [0] * len(self.rows), 0
+        own = torch.tensor([row.length for row in self.rows])
         for slab, members in cache.prompts.parts():
-            most = max(len(readers.get(group, ())) for group in members)  # type: ignore[call-overload]
+            mine = [readers.get(group, []) for group in members]  # type: ignore[call-overload]
+            most = max(map(len, mine))
             if not most:
                 continue
-            index = torch.zeros(len(members), most, dtype=torch.int64)  # prompts with fewer readers serve row 0
-            for j, group in enumerate(members):
-                mine = readers.get(group, [])  # type: ignore[call-overload]
-                index[j, : len(mine)] = torch.tensor(mine, dtype=torch.int64)
-                for a, i in enumerate(mine):
+            for j, rows in enumerate(mine):
+                for a, i in enumerate(rows):
                     back[i] = base + j * most + a
             base += len(members) * most
-            own = torch.tensor([row.length for row in self.rows])[index]
-            parts.append(self._part(slab, members, own))
+            # Prompts with fewer readers serve row 0.
+            index = torch.tensor([rows + [0] * (most - len(rows)) for rows in mine])
+            parts.append(self._part(slab, members, own[index]))
             gather.append(index.to(self.device))
         return parts, gather, back
 

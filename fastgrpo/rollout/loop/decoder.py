@@ -144,12 +144,15 @@ class Decoder:
         room, tokens = len(self.free), 0
         while waiting and room > 0 and not self.ready:
             tokens += len(waiting[0].token_ids)
-            if (chosen and tokens > self.prefill_tokens) or not self.cache.fits([*chosen, waiting[0]]):
+            if (chosen and tokens > self.prefill_tokens) or not self._fits([*chosen, waiting[0]]):
                 break
             chosen.append(waiting.popleft())
             room -= n
         self.cache.add_prompts(chosen)
         return chosen
+
+    def _fits(self, groups: list[Group]) -> bool:
+        return self.cache.fits(groups)
 
     def _draw(self, rows: Sequence[Row], logits: Tensor, ended: Ended) -> list[Row]:
         """Add a token to every row; the rows that have ended, whose slots are free again."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from fastgrpo.rollout.loop.check import compare, why_not
 from fastgrpo.rollout.loop.decoder import Decoder, Ended
 from fastgrpo.rollout.loop.plain import PlainRow, decode_plainly
 from fastgrpo.rollout.loop.slabs import KeyShape
-from fastgrpo.rollout.loop.slots import SlotCache, rows_that_fit, why_not_slots
+from fastgrpo.rollout.loop.slots import SlotCache, why_not_slots
 from fastgrpo.rollout.stopping import Stopping
 
 # Of a GPU's memory, what may stay taken while the policy trains: preparing graphs anew takes seconds.
@@ -45,8 +44,9 @@ class LoopEngine:
     On a GPU the slots and the graphs that read them are kept from one `generate` to the next while they fit, also
     asleep if they take less than a fifth of the GPU's memory.
 
-    The same seed, prompts, weights and options give the same tokens, bit for bit on one machine. Each sample's random
-    numbers are its own, so another batch_size changes tokens only where rounding does.
+    The same seed, prompts, weights and options give the same tokens, bit for bit on one machine, whatever was generated
+    before; on a GPU where memory is short, only if it was as short before. Each sample's random numbers are its own, so
+    another batch_size changes tokens only where rounding does.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 256, timeout: float | None = None) -> None:
@@ -133,6 +133,9 @@ class LoopEngine:
             try:
                 cache = SlotCache(self._shape, rows=3, groups=2, longest_prompt=5, longest_completion=3)
                 self.unslotted = compare(self.model, cache)
+                cache = SlotCache(self._shape, rows=3, groups=2, longest_prompt=5, longest_completion=3)
+                cache.longest = 4096  # paths are then split
+                self.unslotted = self.unslotted or compare(self.model, cache)
             except Exception as error:  # what the kernels do not take; slabs take everything
                 self.unslotted = f"{type(error).__name__}: {error}"
 
@@ -155,14 +158,11 @@ class LoopEngine:
             return
         session, self._session = self._session, None  # one that is cut short is not gone on with
         plan = Plan.of(self.model, rows, n, longest, sampling)
-        if session is None or not session.plan.serves(plan):
-            plan = plan if session is None else session.plan.grown(plan)
+        if session is None or not session.asked.serves(plan):
+            before = None if session is None else session.asked
             session = None  # its memory first
-            plan = replace(
-                plan, rows=rows_that_fit(shape, plan.rows, plan.groups, plan.longest_prompt, plan.max_tokens)
-            )
-            session = Session.make(plan, shape)
-        SlotDecoder(self.model, session, sampling, stopping, min(rows, session.plan.rows)).run(prompts, n, ended, check)
+            session = Session.make(plan, shape, n, before)
+        SlotDecoder(self.model, session, plan, sampling, stopping).run(prompts, n, ended, check)
         self.cache_bytes, self.uncaptured = session.cache.nbytes, session.reason
         self._session = session
 

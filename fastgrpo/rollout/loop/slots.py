@@ -41,31 +41,28 @@ class SlotCache:
             after its end.
     groups: prompts kept at once, each with room for `longest_prompt` tokens.
 
-    pool: [layers, 2, places, heads, size]. The first places are nobody's: rows that only fill up a batch write there.
+    pool:    [layers, 2, places, heads, size]. The first places are nobody's: rows that fill up a batch write there.
+    longest: `SlotStep.longest` of the steps that `step` makes.
     """
 
     def __init__(
         self, shape: KeyShape, *, rows: int, groups: int, longest_prompt: int, longest_completion: int
     ) -> None:
         self.shape = shape
-        self.slots = rows
-        self.longest_prompt, self.longest_completion = longest_prompt, longest_completion
+        self.longest_completion = longest_completion
         places, first = _places(rows, groups, longest_prompt, longest_completion)
         self.free = [first + i * longest_prompt for i in range(groups)][::-1]
+        self.kept = 0  # prompts
         self.pool = torch.empty(
             (shape.layers, 2, places, shape.heads, shape.size), dtype=shape.dtype, device=shape.device
         )
+        self.longest = longest_prompt + longest_completion
         self.rows: list[Row] = []
 
     @property
     def nbytes(self) -> int:
         """Of all places."""
         return self.pool.numel() * self.pool.element_size()
-
-    @property
-    def longest(self) -> int:
-        """Most tokens a row sees."""
-        return self.longest_prompt + self.longest_completion + BURST
 
     def fits(self, groups: Sequence[Group]) -> bool:
         """Is there room for these prompts?"""
@@ -75,6 +72,7 @@ class SlotCache:
         """Make room for the prompts that the next step runs."""
         for group in groups:
             group.length, group.start = len(group.token_ids), self.free.pop()
+        self.kept += len(groups)
 
     def add_row(self, row: Row) -> None:
         """The row's slot, so far without tokens."""
@@ -89,25 +87,37 @@ class SlotCache:
 
     def drop(self, groups: Iterable[Group]) -> None:
         """Give the prompts' places back."""
-        self.free += [group.start for group in groups]
+        starts = [group.start for group in groups]
+        self.free += starts
+        self.kept -= len(starts)
 
     def step(self, groups: Sequence[Group]) -> SlotStep:
         """The next forward: a token more for every row, and these prompts."""
-        where = [[row.group.start, row.group.length, row.start, row.length] for row in self.rows]
+        places = [[row.group.start, row.group.length, row.start, row.length] for row in self.rows]
         for row in self.rows:
             row.length += 1
-        return SlotStep(self, torch.tensor(where, device=self.shape.device).view(-1, 4).T, groups, list(self.rows))
+        where = torch.tensor(places, device=self.shape.device).view(-1, 4).T
+        return SlotStep(self, where, self.longest, groups, list(self.rows))
 
 
 class SlotStep:
     """One forward over a `SlotCache`; without prompts it reads tensors alone, so it can be captured.
 
-    where: [4, b] int64: of each row its prompt's start and length, its own start, and how many of its tokens are kept.
+    where:   [4, b] int64: of each row its prompt's start and length, its own start, and how many tokens it has kept.
+    longest: most tokens that a row may see. It decides how paths are split, and so how results are rounded.
     """
 
-    def __init__(self, cache: SlotCache, where: Tensor, groups: Sequence[Group] = (), rows: Sequence[Row] = ()) -> None:
+    def __init__(
+        self,
+        cache: SlotCache,
+        where: Tensor,
+        longest: int,
+        groups: Sequence[Group] = (),
+        rows: Sequence[Row] = (),
+    ) -> None:
         self.cache = cache
         self.where = where
+        self.longest = longest
         self.groups = groups
         self.rows = rows
         if groups:
@@ -136,7 +146,7 @@ class SlotStep:
             parts.append(
                 decode_attention(
                     q[:n], k[:n], v[:n], keys, values, prompt_start, prompt_length, start, length,
-                    scale=scaling, window=sliding_window, softcap=softcap, longest=self.cache.longest,
+                    scale=scaling, window=sliding_window, softcap=softcap, longest=self.longest,
                 )
             )  # fmt: skip
         if self.groups:
@@ -152,19 +162,31 @@ class SlotStep:
 
 def groups_at_once(rows: int, n: int) -> int:
     """Prompts kept for so many rows: more than fill them, for groups of which only some rows are left."""
-    return 2 * -(-rows // n) + 1
+    return min(rows, 2 * -(-rows // n) + 1)
 
 
-def rows_that_fit(shape: KeyShape, rows: int, groups: int, longest_prompt: int, longest_completion: int) -> int:
-    """Of so many rows as many as the device's free memory holds beside the prompts, halving; at least one."""
-    if shape.device.type != "cuda":
-        return rows
-    free, _ = torch.cuda.mem_get_info(shape.device)
-    free += torch.cuda.memory_reserved(shape.device) - torch.cuda.memory_allocated(shape.device)
-    token = shape.numbers * shape.dtype.itemsize
-    while rows > 1 and token * _places(rows, groups, longest_prompt, longest_completion)[0] > _SHARE * free:
+def slot_bytes(shape: KeyShape, rows: int, groups: int, longest_prompt: int, longest_completion: int) -> int:
+    """Of a `SlotCache` of these sizes."""
+    places, _ = _places(rows, groups, longest_prompt, longest_completion)
+    return places * shape.numbers * shape.dtype.itemsize
+
+
+def rows_within(free: int, shape: KeyShape, rows: int, n: int, longest_prompt: int, longest_completion: int) -> int:
+    """Of so many rows, `n` of a prompt, as many as `free` bytes of slots serve, halving; at least one."""
+    while rows > 1 and slot_bytes(shape, rows, groups_at_once(rows, n), longest_prompt, longest_completion) > free:
         rows //= 2
     return rows
+
+
+def bytes_for_slots(free: int) -> int:
+    """What slots may take of so much free memory."""
+    return int(_SHARE * free)
+
+
+def free_bytes(device: torch.device) -> int:
+    """The same of a GPU's memory as it is: what nobody has, and what PyTorch holds without using it."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return bytes_for_slots(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 def _places(rows: int, groups: int, longest_prompt: int, longest_completion: int) -> tuple[int, int]:

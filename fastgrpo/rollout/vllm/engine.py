@@ -24,6 +24,9 @@ from fastgrpo.rollout.vllm.requests import CPU_ARGUMENTS, ENVIRONMENT, import_vl
 from fastgrpo.rollout.vllm.weights import checkpoint_weights, write_model_folder
 from fastgrpo.rollout.vllm.worker import pack_heads
 
+MEMORY_SHARE = 0.3
+"""Of the GPU, what vLLM takes while it generates, unless told otherwise: weights, keys and values, and the rest."""
+
 
 class VLLMEngine:
     """Generates with a vLLM `LLM` beside the policy.
@@ -31,7 +34,7 @@ class VLLMEngine:
     policy:       the weights to start from; its model, tokenizer, device and dtype.
     max_length:   longest prompt and completion together, in tokens; None = the model's context.
     step_timeout: seconds a `generate` may take; None = no limit.
-    engine_args:  more arguments of `vllm.LLM`, e.g. {"gpu_memory_utilization": 0.5} (0.3 unless given).
+    engine_args:  more arguments of `vllm.LLM`, e.g. {"gpu_memory_utilization": 0.5} (`MEMORY_SHARE` unless given).
 
     The same seed, prompts and weights give the same tokens where the batch does not change vLLM's rounding.
     Raises ImportError when vLLM is missing or too old, ValueError for a policy it cannot take over.
@@ -169,7 +172,7 @@ def _default_args(policy: Any, max_length: int | None) -> dict[str, Any]:
     }
     if policy.device.type == "cpu":
         return common | CPU_ARGUMENTS
-    return common | {"enable_sleep_mode": True, "gpu_memory_utilization": 0.3}
+    return common | {"enable_sleep_mode": True, "gpu_memory_utilization": MEMORY_SHARE}
 
 
 @contextlib.contextmanager

@@ -38,7 +38,11 @@ def _scores(s, scale, softcap, SOFTCAP: tl.constexpr):
     return s * LOG2E
 
 
-@triton.jit(do_not_specialize=["pieces", "window"])
+_VECTORS = ("p_prompt_start", "p_prompt_length", "p_start", "p_length")
+"""Rows of one tensor as a rule, aligned or not."""
+
+
+@triton.jit(do_not_specialize=["pieces", "window"], do_not_specialize_on_alignment=list(_VECTORS))
 def attend_path(
     p_q, p_k, p_v, p_keys, p_values, p_prompt_start, p_prompt_length, p_start, p_length, p_out, p_lse,
     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, pieces, window, scale, softcap,
@@ -181,10 +185,9 @@ def attend(
 
 def _spec(dtype: str, heads: int, repeat: int, size: int, split: bool, window: bool, softcap: bool) -> KernelSpec:
     strides = ("stride_q", "stride_qh", "stride_k", "stride_kh", "stride_v", "stride_vh")
-    vectors = ("p_prompt_start", "p_prompt_length", "p_start", "p_length")
     out = "*fp32:16" if split else f"*{dtype}:16"
     signature = dict.fromkeys(("p_q", "p_k", "p_v", "p_keys", "p_values"), f"*{dtype}:16")
-    signature |= dict.fromkeys(vectors, "*i64:16") | dict.fromkeys(strides, "i32:16")
+    signature |= dict.fromkeys(_VECTORS, "*i64") | dict.fromkeys(strides, "i32:16")
     signature |= {"p_out": out, "pieces": "i32", "window": "i32", "scale": "fp32", "softcap": "fp32"}
     block, stages = config_of(size, dtype != "fp32")
     constexprs = {

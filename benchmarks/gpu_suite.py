@@ -5,7 +5,8 @@
 
 Stages run in order of importance, each in a process of its own with its own time-out: a crash, a hang or an error of
 the device in one leaves the others be. Each row is on disk (`DIR/<stage>.json`) as soon as it is known; the whole goes
-to `DIR/results.json`. Exit 1 if a required ratio is missed, a result is wrong, a test fails or a stage does not end.
+to `DIR/results.json`, beside each row what the cost model predicts for an H200 (docs/performance.md). Exit 1 if a
+required ratio is missed, a result is wrong, a test fails or a stage does not end.
 `--wheels` names a folder of wheels (the peers): they are unpacked into a temporary folder, nothing is installed.
 """
 
@@ -52,6 +53,7 @@ STAGES = (
     Stage("passes", "passes:passes", 70),
     Stage("peers", "peers:peers", 120),
     Stage("small_ops", "passes:small_ops", 30),
+    Stage("sweep", "sweep:sweep", 300),
 )
 """In order of importance; those for which no time is left are cut, and said to be."""
 
@@ -99,6 +101,7 @@ def suite(args: argparse.Namespace) -> dict[str, Any]:
     """Run the chosen stages within the budget; the results file's content."""
     from benchmarks.gpu.bench import write_json
     from benchmarks.gpu.checks import versions
+    from benchmarks.gpu.predictions import attach
     from benchmarks.results import _commit, common
 
     args.out = args.out.resolve()
@@ -107,6 +110,10 @@ def suite(args: argparse.Namespace) -> dict[str, Any]:
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     header = {"commit": _commit(), "versions": versions(), "device": args.device, "date": date, "small": args.small}
     found: dict[str, Any] = {**header, "stages": {}, "results": []}
+
+    def keep() -> None:
+        write_json(args.out / "results.json", {**found, "results": [common(row) for row in found["results"]]})
+
     with tempfile.TemporaryDirectory() as site:
         if args.wheels:
             unpack(args.wheels, site)
@@ -122,8 +129,10 @@ def suite(args: argparse.Namespace) -> dict[str, Any]:
             found["results"] += rows
             if stage.name == "environment" and rows:
                 found["device"] = rows[0]["params"].get("gpu", args.device)
-            write_json(args.out / "results.json", {**found, "results": [common(row) for row in found["results"]]})
+            keep()
             print(f"{stage.name}: {fault or 'done'}, {len(rows)} rows", flush=True)
+    found["results"] = attach(found["results"], args.small)
+    keep()
     return found
 
 
@@ -146,13 +155,16 @@ def faults(found: dict[str, Any]) -> list[str]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Every row with a time, or with a reason for none."""
-    lines = [["case", "op", "peer", "params", "ms", "limit", "ratio", "required", "GB", "note"]]
+    header = ["case", "op", "peer", "params", "ms", "predicted ms", "limit", "ratio", "predicted", "required"]
+    lines = [[*header, "GB", "note"]]
     for r in rows:
         size = " ".join(f"{k}={v}" for k, v in r["params"].items()) if r["op"] != "environment" else ""
         memory = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e9:.2f}"
         note = r["error"][:40].replace("\n", " ") if isinstance(r["error"], str) else ""
         note = "WRONG " + note if r["correct"] is False else "MISSED" if r["reached"] is False else note
-        cells = [r["ms"], r["limit_ms"], r["ratio_to_limit"] or r.get("speed_ratio"), r["required"]]
+        ratio = r["ratio_to_limit"] or r.get("speed_ratio")
+        predicted = r.get("predicted_ms"), r.get("predicted_ratio")
+        cells = [r["ms"], predicted[0], r["limit_ms"], ratio, predicted[1], r["required"]]
         shown = ["" if c is None else f"{c:.4g}" for c in cells]
         lines.append([r["case"], r["op"], r["peer"][:40], size[:90], *shown, memory, note])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

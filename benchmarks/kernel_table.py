@@ -21,15 +21,17 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fastgrpo_kernels
 from benchmarks.machine_code import Listing
 from fastgrpo_kernels.specs import KernelSpec
+
+T, R = TypeVar("T"), TypeVar("R")
 
 # Bytes of shared memory that one block can have (CUDA: with opt-in). Triton checks it only where a kernel is loaded.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
@@ -150,7 +152,7 @@ def tabulate(modules: Sequence[str], archs: Sequence[str], jobs: int = 1) -> tup
         for i, spec in enumerate(specs):
             work += [(module, i, arch) for arch in archs if spec.archs is None or arch in spec.archs]
     rows, faults = [], []
-    for row, found in map(_one, work) if jobs == 1 else _in_processes(work, jobs):
+    for row, found in in_processes(_one, work, jobs):
         rows += [] if row is None else [row]
         faults += found
     return rows, faults
@@ -159,9 +161,13 @@ def tabulate(modules: Sequence[str], archs: Sequence[str], jobs: int = 1) -> tup
 _Work = tuple[str, int | None, str]  # a module, which of its kernels (None: it has none), an architecture
 
 
-def _in_processes(work: Sequence[_Work], jobs: int) -> Iterator[tuple[Row | None, list[str]]]:
+def in_processes(run: Callable[[T], R], work: Sequence[T], jobs: int) -> Iterator[R]:
+    """`run` of each, in order, in so many processes; with one job in this one."""
+    if jobs == 1:
+        yield from map(run, work)
+        return
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_one, work)
+        yield from pool.map(run, work)
 
 
 def _one(item: _Work) -> tuple[Row | None, list[str]]:

@@ -109,7 +109,9 @@ def test_compiled_and_checkpointed_it_is_the_same() -> None:
         assert all(map(torch.equal, plain, torch.autograd.grad(other, (hidden, weight))))
 
 
-@pytest.mark.parametrize("page", ["ops.md", "update.md", "losses.md", "rollouts.md", "algorithms.md", "plan.md"])
+@pytest.mark.parametrize(
+    "page", ["ops.md", "update.md", "losses.md", "rollouts.md", "algorithms.md", "plan.md", "performance.md"]
+)
 def test_links_lead_somewhere(page: str) -> None:
     for path, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)]*)\)", (_DOCS / page).read_text()):
         if path.startswith("http"):

@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from benchmarks import gpu_suite
-from benchmarks.gpu import update, update_cases
+from benchmarks.gpu import predictions, update, update_cases
 from benchmarks.gpu.bench import Bench
 from fastgrpo.packing import pack
+
+UNPREDICTED = {"numerics", "backends", "sweep", "best", "memory", "lasting", "peak", "run"}
+"""Cases without a time, those that nothing is required of, and those that `fastgrpo plan` predicts."""
 
 
 @pytest.mark.parametrize(
@@ -32,7 +35,10 @@ def right_rows(name: str, out: Path) -> list[dict[str, Any]]:
     assert ours
     assert all(row["correct"] is not False and not isinstance(row["error"], str) for row in ours), ours
     assert all(row["ms"] > 0 for row in ours if row["case"] != "numerics")
-    assert "ms" in gpu_suite.table(rows)
+    predicted = predictions.attach(rows, small=True)
+    known = [row for row in predicted if row["case"] not in UNPREDICTED]
+    assert all(row["predicted_ms"] or row["predicted_ratio"] for row in known), known
+    assert "ms" in gpu_suite.table(predicted)
     return rows
 
 
@@ -68,6 +74,7 @@ def test_suite_runs_stages_in_processes(tmp_path: Path, capsys: pytest.CaptureFi
     assert [row["stage"] for row in found["results"]] == ["environment", *["limits"] * 4]
     assert found["versions"]["torch"] == torch.__version__
     assert found["results"][1]["ms"]["p20"] <= found["results"][1]["ms"]["median"]
+    assert all(row["predicted_ms"] for row in found["results"] if row["case"] in ("gemm_rate", "head_gemms"))
     assert "gemm_rate" in capsys.readouterr().out
 
 

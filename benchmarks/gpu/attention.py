@@ -104,12 +104,21 @@ def _error(bench: Bench, heads: tuple[int, int, int], layout: PackedLayout) -> R
     return {"error": found, "plain": usual, "correct": right, "bitwise": same}
 
 
+def alone_lengths(small: bool) -> list[int]:
+    """Of the sequences that share nothing."""
+    return [5, 9, 16, 3] if small else [128 + 16 * i for i in range(64)]
+
+
+def heads_of(shape: str) -> tuple[int, int, int]:
+    return (SHAPES | _TINY)[shape]
+
+
 def _alone(bench: Bench, heads: tuple[int, int, int]) -> Row:
     """Sequences that share nothing, as packing lays them out, against the same kernels called for plain varlen.
 
     `single`: one prompt with one completion, whose layout names both.
     """
-    lengths = [5, 9, 16, 3] if bench.small else [128 + 16 * i for i in range(64)]
+    lengths = alone_lengths(bench.small)
     found: Row = {"correct": True}
     layouts = {
         "packed": PackedLayout(lengths, [[]] * len(lengths), bench.device),

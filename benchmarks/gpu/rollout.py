@@ -59,9 +59,13 @@ class Job:
         return [Prompt(i, "", tokens) for i, tokens in enumerate(ids)]
 
 
+JOBS = {False: Job(64, 16, 128, 300.0, 1024), True: Job(3, 4, 6, 8.0, 16)}
+"""By the small form."""
+
+
 def rollout(bench: Bench) -> None:
     """In order of importance: whatever is known when time runs out has been written."""
-    job = Job(3, 4, 6, 8.0, 16) if bench.small else Job(64, 16, 128, 300.0, 1024)
+    job = JOBS[bench.small]
     for i, shape in enumerate(dict.fromkeys(shapes(bench))):
         _engines(bench, shape, job, FASTER_THAN_TRANSFORMERS[i])
         for rows, length in ((6, 8),) if bench.small else ((512, 384), (1024, 640), (64, 640), (1, 640)):

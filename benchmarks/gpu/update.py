@@ -48,6 +48,9 @@ PEAK_FLOPS = 989e12
 MFU_BUDGET = 24576
 """GSM8K's 64 groups make four micro-batches of more than 16,384 tokens."""
 
+GROWTH = {False: (128, 112, 8), True: (8, 7, 2)}
+"""By the small form: tokens of a prompt, of each of its eight completions, and groups of a micro-batch."""
+
 
 def update(bench: Bench) -> None:
     """In order of importance: whatever is known when time runs out has been written."""
@@ -272,7 +275,7 @@ def _growth(bench: Bench, shape: Shape) -> None:
     The optimizer's own step, which costs the same for any number of tokens, is left out. Lengths are equal, so that
     every micro-batch is full.
     """
-    prompt, completion, per_batch = (8, 7, 2) if bench.small else (128, 112, 8)
+    prompt, completion, per_batch = GROWTH[bench.small]
     group = prompt + 8 * completion
     work = Workload("equal", 16 * per_batch, 8, (prompt, prompt), completion, completion)
     params = {"model": shape.name, "budget": per_batch * group}

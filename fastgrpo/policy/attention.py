@@ -112,7 +112,7 @@ def packed_attention(
     if query.shape[2] != layout.num_tokens:
         raise ValueError(f"query has {query.shape[2]} tokens, the layout {layout.num_tokens}")
     window = sliding_window if sliding_window is not None and sliding_window < packed.longest else None
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, H, d]; x[0] would cost a copy back
     reason: str | None
     if dropout:
         reason = f"attention dropout of {dropout}"

@@ -126,11 +126,10 @@ def _decoding(bench: Bench) -> Case:
     pool = numbers(places, heads, size), numbers(places, heads, size)
     row = torch.arange(rows, device=device)
     start = groups * prompt + row * own_room
-    lengths = torch.full_like(row, prompt), torch.full_like(row, own)
-    where = row // 16 * prompt, lengths[0], start, lengths[1]
+    where = torch.stack([row // 16 * prompt, torch.full_like(row, prompt), start, torch.full_like(row, own)])
 
     def run(_: dict[str, int] | None) -> Tensor:
-        return decode_attention(*new, *pool, *where, longest=prompt + own_room)
+        return decode_attention(*new, *pool, where, longest=prompt + own_room)
 
     params = {"rows": rows, "length": prompt + own, "heads": heads, "size": size}
     return Case(params, run, rows * (prompt + own) * 2 * heads * size * 2)

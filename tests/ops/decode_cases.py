@@ -39,10 +39,14 @@ def make(
     k, v = (torch.randn(rows, heads, size, generator=g).to(dtype) for _ in range(2))
     return {
         "q": q, "k": k, "v": v, "keys": keys, "values": values,
-        "prompt_start": torch.tensor([begin["prompt", b - b % group] for b in range(rows)]),
-        "prompt_length": torch.tensor(prompts),
-        "start": torch.tensor([begin["own", b] for b in range(rows)]),
-        "length": torch.tensor([own for _, own in paths]),
+        "where": torch.tensor(
+            [
+                [begin["prompt", b - b % group] for b in range(rows)],
+                prompts,
+                [begin["own", b] for b in range(rows)],
+                [own for _, own in paths],
+            ]
+        ),
     }  # fmt: skip
 
 

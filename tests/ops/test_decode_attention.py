@@ -26,13 +26,12 @@ def test_token_by_token_it_is_causal_attention() -> None:
     q = torch.randn(2, tokens, heads * repeat, size, dtype=torch.float64)
     k, v = (torch.randn(2, tokens, heads, size, dtype=torch.float64) for _ in range(2))
     keys, values = (torch.randn(40, heads, size, dtype=torch.float64) for _ in range(2))
-    kept = {"prompt_start": torch.tensor([10, 10]), "prompt_length": torch.tensor([prompt, prompt])}
     first = keys[10 : 10 + prompt].clone(), values[10 : 10 + prompt].clone()
     got = torch.stack(
         [
             decode_attention(
                 q[:, t], k[:, t], v[:, t], keys, values,
-                **kept, start=torch.tensor([20, 30]), length=torch.tensor([t, t]),
+                torch.tensor([[10, 10], [prompt, prompt], [20, 30], [t, t]]),
             )
             for t in range(tokens)
         ],
@@ -48,7 +47,8 @@ def test_token_by_token_it_is_causal_attention() -> None:
 
 
 def test_no_rows() -> None:
-    inputs = {name: x[:0] if name not in ("keys", "values") else x for name, x in make([(3, 2)]).items()}
+    inputs = make([(3, 2)])
+    inputs |= {name: inputs[name][:0] for name in "qkv"} | {"where": inputs["where"][:, :0]}
     assert decode_attention(**inputs).shape == (0, 6, 16)
 
 
@@ -70,9 +70,10 @@ def test_opcheck() -> None:
         ({"v": torch.zeros(2, 1, 16)}, ValueError, "q: expected a positive multiple of Hkv heads, got 6; k has 2, v 1"),
         ({"keys": torch.zeros(9, 2, 17)[..., :16]}, ValueError, "keys: expected a contiguous tensor"),
         ({"values": torch.zeros(9, 2, 16)}, ValueError, "values: expected as many places as keys"),
-        ({"start": torch.zeros(2, dtype=torch.int32)}, TypeError, "start: expected dtype int64"),
-        ({"length": torch.tensor([10**6, 0])}, ValueError, "start, length: expected places within"),
-        ({"prompt_start": torch.tensor([-1, 0])}, ValueError, "prompt_start, prompt_length: expected places within"),
+        ({"where": torch.zeros(4, 2, dtype=torch.int32)}, TypeError, "where: expected dtype int64"),
+        ({"where": torch.zeros(4, 3, dtype=torch.int64)}, ValueError, r"where: expected shape \[4, B\]"),
+        ({"where": torch.tensor([[0, 0], [1, 1], [3, 4], [10**6, 0]])}, ValueError, "where: expected places within"),
+        ({"where": torch.tensor([[-1, 0], [1, 1], [3, 4], [0, 0]])}, ValueError, "where: expected places within"),
         ({"scale": 0.0}, ValueError, "scale: expected a finite number > 0"),
         ({"window": 0}, ValueError, "window: expected an int >= 1"),
         ({"softcap": float("nan")}, ValueError, "softcap: expected a finite number"),
@@ -123,5 +124,5 @@ def test_a_pool_of_more_than_2_to_the_31_numbers_on_a_gpu() -> None:
     pools = {n: torch.zeros(far + small, 2, 128, dtype=torch.bfloat16, device="cuda") for n in ("keys", "values")}
     for n, pool in pools.items():
         pool[far:] = inputs[n]
-    shifted = {n: inputs[n] + far for n in ("start", "prompt_start")}
-    assert torch.equal(decode_attention(**(inputs | pools | shifted), longest=200), want)
+    shifted = inputs["where"] + torch.tensor([far, 0, far, 0], device="cuda")[:, None]
+    assert torch.equal(decode_attention(**(inputs | pools | {"where": shifted}), longest=200), want)

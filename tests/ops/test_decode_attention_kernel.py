@@ -58,8 +58,9 @@ def test_views() -> None:
     for change in ({"q": by_head}, {"k": fused[:, :2], "v": fused[:, 2:]}, {"q": apart}):
         given = {n: x.clone() if n in ("keys", "values") else x for n, x in (inputs | change).items()}
         assert torch.equal(decode_attention(**given), plain)
-    vectors = {n: torch.stack([inputs[n], inputs[n]], 1)[:, 0] for n in ("start", "length", "prompt_start")}
-    assert torch.equal(decode_attention(**{n: x.clone() for n, x in (inputs | vectors).items()}), plain)
+    for where in (inputs["where"].T.contiguous().T, torch.cat([inputs["where"]] * 2, 1)[:, :3]):
+        given = {n: x.clone() if n in ("keys", "values") else x for n, x in (inputs | {"where": where}).items()}
+        assert torch.equal(decode_attention(**given), plain)
 
 
 def test_rows_do_not_depend_on_one_another() -> None:
@@ -67,14 +68,15 @@ def test_rows_do_not_depend_on_one_another() -> None:
     pools = ("keys", "values")
     all_rows = decode_attention(**{n: x.clone() for n, x in inputs.items()}, longest=0)
     for b in (0, 5, 11):
-        alone = {n: x.clone() if n in pools else x[b : b + 1] for n, x in inputs.items()}
+        alone = {n: x.clone() if n in pools else x[b : b + 1] for n, x in inputs.items() if n != "where"}
+        alone["where"] = inputs["where"][:, b : b + 1]
         assert torch.equal(decode_attention(**alone, longest=0)[0], all_rows[b])
 
 
 def test_a_nan_stays_in_its_row() -> None:
     inputs = make([(5, 7), (5, 2), (4, 4)])
     clean = decode_attention(**{n: x.clone() for n, x in inputs.items()})
-    inputs["values"][inputs["start"][1]] = float("nan")
+    inputs["values"][inputs["where"][2, 1]] = float("nan")
     out = decode_attention(**inputs)
     assert out[1].isnan().all()
     assert torch.equal(out[::2], clean[::2])
@@ -94,7 +96,7 @@ def test_places_past_two_to_the_31_elements(tmp_path: Any) -> None:
     }
     for n, pool in pools.items():
         pool[far:] = inputs[n]
-    shifted = {n: inputs[n] + far for n in ("start", "prompt_start")}
+    shifted = {"where": inputs["where"] + torch.tensor([far, 0, far, 0])[:, None]}
     # The op would ask for the pool's own length; a GPU's caller knows how long paths are.
     got = decode_attention(**(inputs | pools | shifted), longest=64)
     assert torch.equal(got, want)

@@ -30,7 +30,7 @@ def attend(
     k, v = (floats(rows, heads, size, dtype=dtype) for _ in range(2))
     keys, values = (floats(5000, heads, size, dtype=dtype) for _ in range(2))
     where = torch.empty(4, rows, dtype=torch.int64, device="cuda")
-    fk.decode_attention(q, k, v, keys, values, *where.unbind(), **options)
+    fk.decode_attention(q, k, v, keys, values, where, **options)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])

@@ -139,13 +139,12 @@ class SlotStep:
         """query [1, Hq, T, d], key and value [1, Hkv, T, d] of the step's tokens -> [1, T, Hq, d]."""
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
         keys, values = self.cache.pool[module.layer_idx]  # type: ignore[index]
-        prompt_start, prompt_length, start, length = self.where
-        n = len(length)
+        n = self.where.shape[1]
         parts = []
         if n:
             parts.append(
                 decode_attention(
-                    q[:n], k[:n], v[:n], keys, values, prompt_start, prompt_length, start, length,
+                    q[:n], k[:n], v[:n], keys, values, self.where,
                     scale=scaling, window=sliding_window, softcap=softcap, longest=self.longest,
                 )
             )  # fmt: skip

@@ -30,29 +30,26 @@ LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _scores(s, scale, softcap, SOFTCAP: tl.constexpr):
+def _scores(s, scale, softcap):
     """Products of queries and keys -> scores in units of log2."""
     s = s * scale
-    if SOFTCAP:
+    if softcap is not None:
         s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
     return s * LOG2E
 
 
-_VECTORS = ("p_prompt_start", "p_prompt_length", "p_start", "p_length")
-"""Rows of one tensor as a rule, aligned or not."""
-
-
-@triton.jit(do_not_specialize=["pieces", "window"], do_not_specialize_on_alignment=list(_VECTORS))
+@triton.jit(do_not_specialize=["pieces", "window", "stride_where"], do_not_specialize_on_alignment=["p_where"])
 def attend_path(
-    p_q, p_k, p_v, p_keys, p_values, p_prompt_start, p_prompt_length, p_start, p_length, p_out, p_lse,
-    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, pieces, window, scale, softcap,
-    HEADS: tl.constexpr, REPEAT: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SPLIT: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    p_q, p_k, p_v, p_keys, p_values, p_where, p_out, p_lse,
+    stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_where, pieces, window, scale, softcap,
+    HEADS: tl.constexpr, REPEAT: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row, one head of keys, one piece of the path. Grid: (B * HEADS * pieces,).
 
-    M >= REPEAT queries of the head and D >= SIZE, powers of two. p_out: [B, HEADS * REPEAT, SIZE], with SPLIT fp32
-    [B, HEADS * REPEAT, pieces, SIZE] and p_lse [B, HEADS * REPEAT, pieces], log2 of the sums of exponentials.
+    M >= REPEAT queries of the head and D >= SIZE, powers of two; window and softcap None or numbers. Whole paths: p_out
+    [B, HEADS * REPEAT, SIZE], p_lse None. Pieces: p_out [B, HEADS * REPEAT, pieces, SIZE] in fp32, p_lse [B, HEADS *
+    REPEAT, pieces], log2 of the sums of exponentials.
     """
     dtype: tl.constexpr = p_keys.dtype.element_ty
     i_piece = tl.program_id(0) % pieces
@@ -63,10 +60,11 @@ def attend_path(
     in_q = (o_m < REPEAT)[:, None] & in_d[None, :]
     i_query = i_head * REPEAT + o_m
     q = tl.load(p_q + i_row * stride_q + i_query[:, None] * stride_qh + o_d[None, :], mask=in_q, other=0.0)
-    prompt_start, prompt_length = tl.load(p_prompt_start + i_row), tl.load(p_prompt_length + i_row)
-    start, length = tl.load(p_start + i_row), tl.load(p_length + i_row)
+    p_where += i_row
+    prompt_start, prompt_length = tl.load(p_where), tl.load(p_where + stride_where)
+    start, length = tl.load(p_where + 2 * stride_where), tl.load(p_where + 3 * stride_where)
     kept = prompt_length + length
-    low = tl.maximum(kept + 1 - window, 0) if WINDOW else tl.zeros_like(kept)
+    low = tl.zeros_like(kept) if window is None else tl.maximum(kept + 1 - window, 0)
     piece = tl.cdiv(tl.cdiv(kept - low, pieces), BLOCK) * BLOCK
     begin = low + i_piece * piece
     end = tl.minimum(begin + piece, kept)
@@ -80,7 +78,7 @@ def attend_path(
     tl.store(p_keys + o_new, k_new, mask=to_write)
     tl.store(p_values + o_new, v_new, mask=to_write)
     s_new = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
-    top = tl.where(first, _scores(s_new, scale, softcap, SOFTCAP), float("-inf"))
+    top = tl.where(first, _scores(s_new, scale, softcap), float("-inf"))
     total = tl.where(first, tl.full([M], 1.0, tl.float32), 0.0)
     acc = tl.where(first, tl.zeros([M, D], tl.float32) + v_new.to(tl.float32)[None, :], 0.0)
 
@@ -92,7 +90,7 @@ def attend_path(
         o_kv = place[:, None] * (HEADS * SIZE) + o_d[None, :]
         in_kv = seen[:, None] & in_d[None, :]
         k = tl.load(p_k_head + o_kv, mask=in_kv, other=0.0)
-        s = _scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
+        s = _scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)
         s = tl.where(seen[None, :], s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1))
         shrink = tl.exp2(top - higher)
@@ -104,7 +102,7 @@ def attend_path(
 
     empty = total == 0  # a piece that begins behind the path
     out = acc / tl.where(empty, 1.0, total)[:, None]
-    if SPLIT:
+    if p_lse is not None:
         o_part = (i_row * (HEADS * REPEAT) + i_query) * pieces + i_piece
         tl.store(p_out + o_part[:, None] * SIZE + o_d[None, :], out, mask=in_q)
         lse = tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
@@ -144,10 +142,7 @@ def attend(
     v: Tensor,
     keys: Tensor,
     values: Tensor,
-    prompt_start: Tensor,
-    prompt_length: Tensor,
-    start: Tensor,
-    length: Tensor,
+    where: Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -166,15 +161,14 @@ def attend(
         lse = torch.empty(rows, queries, pieces, dtype=torch.float32, device=q.device)
     width = max(16, triton.next_power_of_2(size))
     block, stages = config_of(size, q.element_size() == 2)
-    vectors = [x.contiguous() for x in (prompt_start, prompt_length, start, length)]
+    where = where if where.stride(1) == 1 else where.contiguous()
     with torch.cuda.device_of(q):
         attend_path[(rows * heads * pieces,)](
-            q, k, v, keys, values, *vectors, part, lse,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            pieces, window or 0, float(scale), float(softcap or 0.0),
-            HEADS=heads, REPEAT=queries // heads, SIZE=size, WINDOW=window is not None, SOFTCAP=softcap is not None,
-            SPLIT=pieces > 1, M=max(16, triton.next_power_of_2(queries // heads)), D=width, BLOCK=block,
-            num_warps=NUM_WARPS, num_stages=stages,
+            q, k, v, keys, values, where, part, lse,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), where.stride(0),
+            pieces, window, float(scale), None if softcap is None else float(softcap),
+            HEADS=heads, REPEAT=queries // heads, SIZE=size, M=max(16, triton.next_power_of_2(queries // heads)),
+            D=width, BLOCK=block, num_warps=NUM_WARPS, num_stages=stages,
         )  # fmt: skip
         if lse is not None:
             merge_pieces[(rows * queries,)](
@@ -187,18 +181,16 @@ def _spec(dtype: str, heads: int, repeat: int, size: int, split: bool, window: b
     strides = ("stride_q", "stride_qh", "stride_k", "stride_kh", "stride_v", "stride_vh")
     out = "*fp32:16" if split else f"*{dtype}:16"
     signature = dict.fromkeys(("p_q", "p_k", "p_v", "p_keys", "p_values"), f"*{dtype}:16")
-    signature |= dict.fromkeys(_VECTORS, "*i64") | dict.fromkeys(strides, "i32:16")
-    signature |= {"p_out": out, "pieces": "i32", "window": "i32", "scale": "fp32", "softcap": "fp32"}
+    signature |= dict.fromkeys(strides, "i32:16") | {"p_where": "*i64", "stride_where": "i32"}
+    signature |= {"p_out": out, "pieces": "i32", "scale": "fp32"}
+    optional = {"p_lse": ("*fp32:16", split), "window": ("i32", window), "softcap": ("fp32", softcap)}
+    signature |= {name: kind for name, (kind, on) in optional.items() if on}
     block, stages = config_of(size, dtype != "fp32")
-    constexprs = {
-        "HEADS": heads, "REPEAT": repeat, "SIZE": size, "WINDOW": window, "SOFTCAP": softcap, "SPLIT": split,
-        "M": max(16, triton.next_power_of_2(repeat)), "D": max(16, triton.next_power_of_2(size)),
-        "BLOCK": block,
+    constexprs: dict[str, int | None] = {
+        "HEADS": heads, "REPEAT": repeat, "SIZE": size, "M": max(16, triton.next_power_of_2(repeat)),
+        "D": max(16, triton.next_power_of_2(size)), "BLOCK": block,
     }  # fmt: skip
-    if split:
-        signature["p_lse"] = "*fp32:16"
-    else:
-        constexprs["p_lse"] = None
+    constexprs |= {name: None for name, (_, on) in optional.items() if not on}
     kind = "".join(f"_{n}" for n, on in (("split", split), ("window", window), ("softcap", softcap)) if on)
     return KernelSpec(
         name=f"attend_path_{dtype}_{heads}x{repeat}x{size}{kind}",

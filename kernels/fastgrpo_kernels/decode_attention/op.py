@@ -15,10 +15,7 @@ def decode_attention(
     v: Tensor,
     keys: Tensor,
     values: Tensor,
-    prompt_start: Tensor,
-    prompt_length: Tensor,
-    start: Tensor,
-    length: Tensor,
+    where: Tensor,
     *,
     scale: float | None = None,
     window: int | None = None,
@@ -29,12 +26,12 @@ def decode_attention(
 
     q: [B, Hq, d], k and v: [B, Hkv, d], of the new tokens, of one float dtype, Hq a multiple of Hkv, d <= 256; views
     are taken as they are. keys, values: [P, Hkv, d], contiguous: places for P tokens; k and v are WRITTEN there.
-    prompt_start, prompt_length, start, length: [B] int64. Row b sees `prompt_length[b]` places from `prompt_start[b]`
-    on, which any number of rows may share, then `length[b]` places from `start[b]` on, its own, then its new token,
-    which goes to place `start[b] + length[b]`. Lengths of 0 are fine. Places are checked on the CPU only.
+    where: [4, B] int64: of each row its prompt's first place and length, its own first place and length. A row sees its
+    prompt's places, which any number of rows may share, then its own, then its new token, which goes to the place
+    behind those. Lengths of 0 are fine. Places are checked on the CPU only.
     scale: > 0, multiplies the scores, d^-0.5 by default. window: a row sees the last `window` tokens, the new one
     included. softcap: scores become `softcap * tanh(scores / softcap)`.
-    longest: an upper bound of `prompt_length + length`, P by default: how many programs of a GPU a row is worth.
+    longest: an upper bound of both lengths together, P by default: how many programs of a GPU a row is worth.
 
     Returns [B, Hq, d], contiguous, of q's dtype, computed in fp32 (float64 for float64). The same inputs give the same
     bits. On a GPU: no wait, and launches that depend on shapes and `longest` alone, so it can be captured in a CUDA
@@ -56,9 +53,7 @@ def decode_attention(
             raise ValueError(f"{name}: expected a contiguous tensor, which is written to, got strides {x.stride()}")
     if keys.shape[0] != values.shape[0]:
         raise ValueError(f"values: expected as many places as keys, {keys.shape[0]}, got {values.shape[0]}")
-    places = {"prompt_start": prompt_start, "prompt_length": prompt_length, "start": start, "length": length}
-    for name, x in places.items():
-        check_tensor(name, x, (rows,), "[B]", torch.int64, q.device)
+    check_tensor("where", where, (4, rows), "[4, B]", torch.int64, q.device)
     if scale is not None:
         check_number("scale", scale, 0, open_low=True)
     check_int("window", window, 1)
@@ -67,8 +62,7 @@ def decode_attention(
     check_int("longest", longest, 0)
     with torch.no_grad():
         return _decode_attention(
-            q, k, v, keys, values, prompt_start, prompt_length, start, length,
-            size**-0.5 if scale is None else float(scale), window, softcap,
+            q, k, v, keys, values, where, size**-0.5 if scale is None else float(scale), window, softcap,
             keys.shape[0] if longest is None else longest,
         )  # fmt: skip
 
@@ -80,10 +74,7 @@ def _decode_attention(
     v: Tensor,
     keys: Tensor,
     values: Tensor,
-    prompt_start: Tensor,
-    prompt_length: Tensor,
-    start: Tensor,
-    length: Tensor,
+    where: Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -91,14 +82,12 @@ def _decode_attention(
 ) -> Tensor:
     """out [B, Hq, d]; the new tokens are written to the pools."""
     if q.device.type == "cpu":
-        _check_places(keys.shape[0], prompt_start, prompt_length, start, length)
+        _check_places(keys.shape[0], where)
     if use_triton(q):
         from . import kernel
 
-        return kernel.attend(
-            q, k, v, keys, values, prompt_start, prompt_length, start, length, scale, window, softcap, longest
-        )
-    return _by_rows(q, k, v, keys, values, prompt_start, prompt_length, start, length, scale, window, softcap)
+        return kernel.attend(q, k, v, keys, values, where, scale, window, softcap, longest)
+    return _by_rows(q, k, v, keys, values, where, scale, window, softcap)
 
 
 @_decode_attention.register_fake
@@ -106,11 +95,11 @@ def _(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _check_places(places: int, prompt_start: Tensor, prompt_length: Tensor, start: Tensor, length: Tensor) -> None:
-    for name, first, count, new in (("prompt", prompt_start, prompt_length, 0), ("", start, length, 1)):
+def _check_places(places: int, where: Tensor) -> None:
+    prompt_start, prompt_length, start, length = where
+    for first, count, new in ((prompt_start, prompt_length, 0), (start, length, 1)):
         if bool(((first < 0) | (count < 0) | (first + count + new > places)).any()):
-            prefix = f"{name}_" if name else ""
-            raise ValueError(f"{prefix}start, {prefix}length: expected places within the pool's {places}")
+            raise ValueError(f"where: expected places within the pool's {places}")
 
 
 def _by_rows(
@@ -119,15 +108,13 @@ def _by_rows(
     v: Tensor,
     keys: Tensor,
     values: Tensor,
-    prompt_start: Tensor,
-    prompt_length: Tensor,
-    start: Tensor,
-    length: Tensor,
+    where: Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
     """A row at a time, so that memory stays that of the longest path. For the CPU and float64: it reads the places."""
+    prompt_start, prompt_length, start, length = where
     new = start + length
     keys.index_copy_(0, new, k)
     values.index_copy_(0, new, v)

@@ -12,10 +12,7 @@ def decode_attention_reference(
     v: Tensor,
     keys: Tensor,
     values: Tensor,
-    prompt_start: Tensor,
-    prompt_length: Tensor,
-    start: Tensor,
-    length: Tensor,
+    where: Tensor,
     *,
     scale: float | None = None,
     window: int | None = None,
@@ -29,8 +26,7 @@ def decode_attention_reference(
     repeat = q.shape[1] // k.shape[1]
     scale = q.shape[2] ** -0.5 if scale is None else scale
     out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
-    bounds = torch.stack([prompt_start, prompt_length, start, length], 1).tolist()
-    for b, (first, prompt, own, kept) in enumerate(bounds):
+    for b, (first, prompt, own, kept) in enumerate(where.T.tolist()):
         keys[own + kept], values[own + kept] = k[b], v[b]
         path = [*range(first, first + prompt), *range(own, own + kept + 1)]
         path = path if window is None else path[-window:]

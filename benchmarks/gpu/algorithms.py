@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import results
 from benchmarks.gpu.bench import Bench, Row
 from benchmarks.gpu.rollout import Job, make_policy
 from benchmarks.gpu.update_cases import shapes
@@ -276,18 +277,26 @@ def _free(bench: Bench) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.algorithms", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where algorithms.json goes")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where ppo_against_grpo.json goes")
     out = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
-    on_gpu = torch.cuda.is_available()
-    bench = Bench("algorithms", out, torch.device("cuda" if on_gpu else "cpu"), small=False)
-    if on_gpu:
-        algorithms(bench)
-    else:
-        compare(bench, MEDIUM, Job(8, 8, 48, NEVER, 96))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench("algorithms", Path(folder), device, small=False)
+        if device.type == "cuda":
+            algorithms(bench)
+        else:
+            compare(bench, MEDIUM, Job(8, 8, 48, NEVER, 96))
+    header = results.header(device, "time.perf_counter", None)
+    results.write(out, [_as_peers(row) for row in bench.rows], header)
     shown = ("case", "op", "params", "memory_ratio", "measured", "off", "seconds", "error")
     for row in bench.rows:
         print(json.dumps({name: row[name] for name in shown if row.get(name) is not None}))
+
+
+def _as_peers(row: Row) -> Row:
+    """For a results file of one op, in which the algorithms are each other's peers."""
+    params = {name: value for name, value in row["params"].items() if name not in ("algorithm", "mean")}
+    return {**row, "op": "ppo_against_grpo", "peer": row["params"].get("algorithm", row["peer"]), "params": params}
 
 
 if __name__ == "__main__":

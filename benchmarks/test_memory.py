@@ -24,8 +24,8 @@ def _update(prompts: int) -> list[Case]:
 CASES = [case for N in _N for case in _head(N)]
 MORE = [case for N in _MORE_N for case in _head(N)]
 if not ON_GPU:
-    CASES += [*_update(4), *_update(8)]
-    MORE += _update(16)
+    CASES += _update(4)
+    MORE += [*_update(8), *_update(16)]
 
 
 def test_memory(case: Case, measure: Callable[[Case], None]) -> None:

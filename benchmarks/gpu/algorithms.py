@@ -285,7 +285,7 @@ def main() -> None:
         if device.type == "cuda":
             algorithms(bench)
         else:
-            compare(bench, MEDIUM, Job(8, 8, 48, NEVER, 96))
+            compare(bench, MEDIUM, Job(4, 4, 24, NEVER, 48))
     header = results.header(device, "time.perf_counter", None)
     results.write(out, [_as_peers(row) for row in bench.rows], header)
     shown = ("case", "op", "params", "memory_ratio", "measured", "off", "seconds", "error")

@@ -229,9 +229,11 @@ def _measure(bench: Bench, shape: Shape, job: Job, algorithm: str, reference: bo
     worst = max(map(abs, off.values()))
     timed = lines[_MEASURED:]
     seconds = {s: statistics.median(line.get(f"perf/{s}_time", 0.0) for line in timed) for s in STAGES}
+    steps = [1e3 * sum(line.get(f"perf/{stage}_time", 0.0) for stage in STAGES) for line in timed]
+    times = {name: round(f(steps), 3) for name, f in (("ms", statistics.median), ("p20", min), ("p80", max))}
     exact = all(off.get(part, 0.0) == 0 for part in ("weights", "reference", "gradients", "optimizer"))
     return {
-        "ms": round(1e3 * sum(seconds.values()), 3), "seconds": seconds, "predicted_seconds": plan.seconds,
+        **times, "seconds": seconds, "predicted_seconds": plan.seconds,
         "peak_bytes": max(value for name, value in measured.items() if name.startswith("peak/")),
         "measured": measured, "predicted": predicted, "off": {name: round(value, 4) for name, value in off.items()},
         "correct": exact, "required": PREDICTED, "reached": worst <= PREDICTED, "ratio_to_limit": round(worst, 4),

@@ -15,6 +15,7 @@ from fastgrpo.importing import import_object
 from fastgrpo.policy.attention import register
 from fastgrpo.policy.compilation import compile_layers
 from fastgrpo.policy.policy import Policy
+from fastgrpo.policy.storage import own_memory
 from fastgrpo.policy.work import decoder_of
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def load_policy(model: Any, processing_class: Any, config: GRPOConfig, peft_conf
     _cast(model, dtype)
     model.set_attn_implementation(register())
     _drop_nothing(model)
-    _own_memory(model)
+    own_memory(model)
     if config.gradient_checkpointing:
         _checkpoint(model, config.gradient_checkpointing_every)
     if peft_config is not None or config.use_peft:
@@ -244,16 +245,6 @@ def _with_adapters(model: Any, peft_config: Any, config: GRPOConfig) -> Any:
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
     return get_peft_model(model, copy.copy(peft_config))  # it writes into its argument
-
-
-def _own_memory(model: Any) -> None:
-    """Give every parameter memory of its own, aligned as torch aligns it.
-
-    Weights mapped from a file may lie at any address, and some CPU kernels round differently by alignment: a resumed
-    run would not be bitwise the run it goes on with.
-    """
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()
 
 
 def _first_line(error: BaseException) -> str:

@@ -132,7 +132,7 @@ def test_rows_that_end_are_replaced_at_once(policy: Policy, monkeypatch: pytest.
     monkeypatch.setattr(
         decoder,
         "forward",
-        lambda model, step, tokens: (sizes.append(len(tokens)), forward(model, step, tokens))[1],
+        lambda body, step, tokens: (sizes.append(len(tokens)), forward(body, step, tokens))[1],
     )
     prompts = _prompts(policy, "ab", "c" * 90, "defg")
     rollouts = _engine(policy, 8).generate(prompts, 32, Sampling(80, 1.5, 2, (5, 6, 7)))

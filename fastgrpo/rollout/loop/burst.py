@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo.records import Sampling
+from fastgrpo.rollout.loop.body import Body
 from fastgrpo.rollout.loop.cache import Group, Row
-from fastgrpo.rollout.loop.decoder import Decoder, Ended, logits_of
+from fastgrpo.rollout.loop.decoder import Decoder, Ended
 from fastgrpo.rollout.loop.sampling import sample
 from fastgrpo.rollout.loop.slabs import KeyShape
 from fastgrpo.rollout.loop.slots import BURST, SlotCache, SlotStep, free_bytes, groups_at_once, rows_within, slot_bytes
@@ -130,11 +131,11 @@ class Session:
         stream, memory = torch.cuda.Stream(shape.device), torch.cuda.graph_pool_handle()
         return cls(asked, plan, cache, uniforms, None, stream=stream, memory=memory)
 
-    def burst(self, model: Any, sampling: Sampling, rows: int, longest: int) -> Burst:
+    def burst(self, body: Body, sampling: Sampling, rows: int, longest: int) -> Burst:
         """One for at least so many rows, of paths up to `longest`."""
         key = bucket(rows), longest
         if key not in self.bursts:
-            self.bursts[key] = burst = Burst(model, self.cache, sampling, self.uniforms, *key)
+            self.bursts[key] = burst = Burst(body, self.cache, sampling, self.uniforms, *key)
             if self.stream is not None:
                 try:
                     burst.capture(self.stream, self.memory)
@@ -150,10 +151,10 @@ class Burst:
     """`size` rows in static tensors: their state, and the tokens and log-probs that come of it."""
 
     def __init__(
-        self, model: Any, cache: SlotCache, sampling: Sampling, uniforms: Tensor, size: int, longest: int
+        self, body: Body, cache: SlotCache, sampling: Sampling, uniforms: Tensor, size: int, longest: int
     ) -> None:
         device = cache.shape.device
-        self.model, self.sampling, self.uniforms = model, sampling, uniforms
+        self.body, self.sampling, self.uniforms = body, sampling, uniforms
         self.state = torch.zeros(_STATE, size, dtype=torch.int64, device=device)
         self.step = SlotStep(cache, self.state[_WHERE], longest)
         self.turn = torch.zeros(1, dtype=torch.int64, device=device)
@@ -177,7 +178,7 @@ class Burst:
 
     def advance(self) -> None:
         """One token more for every row; nothing here depends on a value, so it can be captured."""
-        tokens, logprobs = draw(self.model, self.step, self.state, self.uniforms, self.sampling)
+        tokens, logprobs = draw(self.body, self.step, self.state, self.uniforms, self.sampling)
         self.tokens.index_copy_(0, self.turn, tokens[None])
         self.logprobs.index_copy_(0, self.turn, logprobs[None])
         self.turn.add_(1)
@@ -204,7 +205,7 @@ class Burst:
 
 
 def draw(
-    model: Any, step: SlotStep, state: Tensor, uniforms: Tensor, sampling: Sampling, groups: list[Group] | None = None
+    body: Body, step: SlotStep, state: Tensor, uniforms: Tensor, sampling: Sampling, groups: list[Group] | None = None
 ) -> tuple[Tensor, ...]:
     """A token and its log-prob for every row, [b] each, and the rows' state moved on; no host sync without groups.
 
@@ -220,7 +221,7 @@ def draw(
         ids = torch.cat([ids, prompts.to(ids.device)])
         positions = torch.cat([positions, step.layout.position_ids])
         keep = last.to(ids.device)
-    logits = logits_of(model, step, ids, positions, keep)
+    logits = body(step, ids, positions, keep)
     tokens, logprobs = sample(logits[:rows], uniforms[state[_SLOT], state[_LENGTH] + 1], sampling)
     state[_TOKEN].copy_(tokens)
     state[_LENGTH].add_(1)
@@ -235,9 +236,9 @@ class SlotDecoder(Decoder):
 
     cache: SlotCache
 
-    def __init__(self, model: Any, session: Session, plan: Plan, sampling: Sampling, stopping: Stopping) -> None:
+    def __init__(self, body: Body, session: Session, plan: Plan, sampling: Sampling, stopping: Stopping) -> None:
         batch_size = min(plan.rows, session.plan.rows)
-        super().__init__(model, session.cache, sampling, stopping, batch_size)
+        super().__init__(body, session.cache, sampling, stopping, batch_size)
         self.longest = plan.longest
         self.groups = min(plan.groups, session.plan.groups)  # a session may have room for more
         self.session = session
@@ -266,11 +267,11 @@ class SlotDecoder(Decoder):
         self._look_at_rows()
         if groups:
             step = SlotStep(self.cache, self.state[_WHERE], self.longest, groups)
-            tokens, logprobs, logits = draw(self.model, step, self.state, self.uniforms, self.sampling, groups)
+            tokens, logprobs, logits = draw(self.body, step, self.state, self.uniforms, self.sampling, groups)
             self._make_ready(groups, logits)
             tokens, logprobs = tokens[None], logprobs[None]
         else:
-            tokens, logprobs = self.session.burst(self.model, self.sampling, len(self.rows), self.longest).run(
+            tokens, logprobs = self.session.burst(self.body, self.sampling, len(self.rows), self.longest).run(
                 self.state
             )
         finished = self._keep(tokens.cpu().numpy(), logprobs.cpu().numpy(), ended) if self.rows else []

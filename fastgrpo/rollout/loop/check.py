@@ -1,4 +1,5 @@
-"""Can this model be decoded over our own keys and values? Asked once, by comparing logits with its own forward."""
+"""Can this model be decoded over our own keys and values, and in few kernels? Asked once, by comparing with its own
+forward."""
 
 from __future__ import annotations
 
@@ -7,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgrpo.rollout.loop.body import Body, FusedBody, StockBody
 from fastgrpo.rollout.loop.cache import Group, Row, SlabCache, causal
 from fastgrpo.rollout.loop.decoder import Cache, forward
 from fastgrpo.rollout.loop.slabs import KeyShape
 
 # Largest difference of the logits, relative to the largest one; the model's own attention takes its softmax in fp32.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# The same of every layer's queries, keys and values: where these are computed alike, they are nearly the same bits.
+_ALIKE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_POSITIONS = (0, 3, 11, 29)
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -24,10 +29,33 @@ def why_not(model: Any) -> tuple[KeyShape | None, str | None]:
         shape, reason = probe.ask(model)
         if shape is not None and reason is None:
             cache = SlabCache(shape, rows=3, longest_prompt=5, longest_completion=3)
-            reason = compare(model, cache)
+            reason = compare(model, StockBody(model), cache)
     except Exception as error:  # whatever a model does that was not made for this: the plain loop runs it
         reason = f"{type(error).__name__}: {error}"
     return (shape, None) if reason is None else (None, reason)
+
+
+@torch.no_grad()
+def fuse(model: Any) -> tuple[FusedBody | None, str | None]:
+    """The model's forward in few kernels, or why its layers are not such. The model is in eval mode."""
+    theirs, mine = _Probe(), _Probe()
+    try:
+        ids = _tokens(model, len(_POSITIONS))
+        positions = torch.tensor(_POSITIONS, device=ids.device)
+        theirs.seen.append(StockBody(model)(theirs, ids, positions))
+        body = FusedBody(model, theirs.options)
+        mine.seen.append(body(mine, ids, positions))
+        differences = [_relative(a, b) for a, b in zip(mine.seen, theirs.seen, strict=True)]
+    except Exception as error:  # a layer of another make may fail anywhere; the stock body runs it
+        return None, f"{type(error).__name__}: {error}"
+    worst = max(differences)
+    if not worst <= _ALIKE.get(theirs.seen[0].dtype, 0.05) or any(d != d for d in differences):
+        return None, f"its layers compute something else than fused ones, by {worst:.1e} of its size"
+    return body, None
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
 
 
 class _Probe:
@@ -38,6 +66,8 @@ class _Probe:
         self.layers: list[int] = []
         self.windows = 0
         self.dtypes: set[torch.dtype] = set()
+        self.options: list[dict[str, Any]] = []
+        self.seen: list[Tensor] = []
 
     def __call__(
         self,
@@ -54,6 +84,8 @@ class _Probe:
         self.shapes += [(key.shape[1], key.shape[3]), (value.shape[1], value.shape[3])]
         self.dtypes |= {key.dtype, value.dtype}
         self.windows += sliding_window is not None
+        self.options.append({"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap})
+        self.seen += [query, key, value]
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return causal(q, k, v, scale, sliding_window, softcap)
@@ -61,14 +93,7 @@ class _Probe:
     def ask(self, model: Any) -> tuple[KeyShape | None, str | None]:
         config = model.config.get_text_config()
         device = next(model.parameters()).device
-        ids = _tokens(model, 4)
-        model(
-            input_ids=ids[None],
-            position_ids=torch.arange(4, device=device)[None],
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-            use_cache=False,
-            attend=self,
-        )
+        StockBody(model)(self, _tokens(model, 4), torch.arange(4, device=device))
         if not self.layers:
             return None, f"its attention ({config._attn_implementation}) does not take attend="
         if self.layers != list(range(len(self.layers))):
@@ -88,7 +113,7 @@ class _Probe:
 
 
 @torch.no_grad()
-def compare(model: Any, cache: Cache) -> str | None:
+def compare(model: Any, body: Body, cache: Cache) -> str | None:
     """How logits over this cache differ from the model's own full forwards, or None: two prompts, three completions.
 
     The cache has room for 3 rows, prompts of 5 tokens and completions of 3.
@@ -98,14 +123,14 @@ def compare(model: Any, cache: Cache) -> str | None:
     groups = [Group(token_ids=p) for p in prompts]
     rows = [Row(group=groups[g], sample=i, slot=i) for i, g in enumerate((0, 1, 0))]
     cache.add_prompts(groups)
-    found = list(zip(groups, forward(model, cache.step(groups), []), strict=True))
+    found = list(zip(groups, forward(body, cache.step(groups), []), strict=True))
     differences = [_difference(logits, _alone(model, g.token_ids)[-1]) for g, logits in found]
     for turn in range(3):
         if turn < 2:  # the last row starts one step late
             for row in rows[:2] if turn == 0 else rows[2:]:
                 cache.add_row(row)
         step = cache.step([])
-        logits = forward(model, step, [own[r.sample][r.length - 1] for r in step.rows])
+        logits = forward(body, step, [own[r.sample][r.length - 1] for r in step.rows])
         for row, given in zip(step.rows, logits, strict=True):
             alone = _alone(model, row.group.token_ids + own[row.sample][: row.length])
             differences.append(_difference(given, alone[-1]))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastgrpo.records import Sampling
+from fastgrpo.rollout.loop.body import Body
 from fastgrpo.rollout.loop.cache import Group, Row
 from fastgrpo.rollout.loop.sampling import sample, uniforms
 from fastgrpo.rollout.stopping import Stopping
@@ -23,7 +24,7 @@ Ended = Callable[[Row, bool], None]
 
 
 class Step(Protocol):
-    """A forward that a cache has made room for: its rows in order, then its prompts; `attend=` of the model."""
+    """A forward that a cache has made room for: its rows in order, then its prompts; attention is handed to it."""
 
     @property
     def rows(self) -> Sequence[Row]: ...
@@ -51,7 +52,7 @@ class Cache(Protocol):
 class Decoder:
     """Draws `n` completions of every prompt; sample i * n + k is the k-th of prompt i.
 
-    model:      a model whose attention is handed to `attend=`; in eval mode.
+    body:       the forward of a model in eval mode.
     stopping:   what ends a completion.
     batch_size: completions alive at once.
     """
@@ -59,12 +60,12 @@ class Decoder:
     # Prompt tokens of one step, unless one prompt is longer: bounds the memory of the activations.
     prefill_tokens = 2048
 
-    def __init__(self, model: Any, cache: Cache, sampling: Sampling, stopping: Stopping, batch_size: int) -> None:
-        self.model = model
+    def __init__(self, body: Body, cache: Cache, sampling: Sampling, stopping: Stopping, batch_size: int) -> None:
+        self.body = body
         self.cache = cache
         self.sampling = sampling
         self.stopping = stopping
-        self.device = next(model.parameters()).device
+        self.device = body.device
         self.free = list(range(batch_size))[::-1]
         self.uniforms = torch.zeros(batch_size, sampling.max_tokens, dtype=torch.float64)
         self.ready: deque[Group] = deque()
@@ -89,7 +90,7 @@ class Decoder:
     def _turn(self, groups: list[Group], ended: Ended) -> list[Row]:
         """One forward: a token more for every row, and these prompts; the rows that have ended."""
         step = self.cache.step(groups)
-        logits = forward(self.model, step, [row.tokens[-1] for row in step.rows])
+        logits = forward(self.body, step, [row.tokens[-1] for row in step.rows])
         rows = len(step.rows)
         self._make_ready(groups, logits[rows:])
         finished = self._draw(step.rows, logits[:rows], ended) if rows else []
@@ -177,7 +178,7 @@ class Decoder:
         ended(row, by_itself)
 
 
-def forward(model: Any, step: Step, tokens: list[int]) -> Tensor:
+def forward(body: Body, step: Step, tokens: list[int]) -> Tensor:
     """Logits [rows + prompts, V] of the next tokens. tokens: the newest one of each row, in the step's order."""
     ids = list(tokens)
     positions = [row.group.length + row.length - 1 for row in step.rows]
@@ -186,20 +187,5 @@ def forward(model: Any, step: Step, tokens: list[int]) -> Tensor:
         ids += group.token_ids
         positions += range(group.length)
         last.append(len(ids) - 1)
-    device = next(model.parameters()).device
-    ids, positions, last = torch.tensor([ids, positions, last + [0] * (len(ids) - len(last))], device=device)
-    return logits_of(model, step, ids, positions, last[: len(step.rows) + len(step.groups)] if step.groups else 0)
-
-
-def logits_of(model: Any, step: Any, ids: Tensor, positions: Tensor, keep: Tensor | int = 0) -> Tensor:
-    """Logits [T, V] after the step's tokens, ids and positions [T], or after those in `keep` alone."""
-    output = model(
-        input_ids=ids[None],
-        position_ids=positions[None],
-        # Four dimensions: transformers hands such a mask through and builds none. `attend` does not look at it.
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
-        use_cache=False,
-        logits_to_keep=keep,
-        attend=step,
-    )
-    return output.logits[0]
+    ids, positions, last = torch.tensor([ids, positions, last + [0] * (len(ids) - len(last))], device=body.device)
+    return body(step, ids, positions, last[: len(step.rows) + len(step.groups)] if step.groups else 0)

@@ -15,9 +15,10 @@ import torch
 
 from fastgrpo.errors import RunError
 from fastgrpo.records import Prompt, Rollout, Sampling
+from fastgrpo.rollout.loop.body import Body, StockBody
 from fastgrpo.rollout.loop.burst import Plan, Session, SlotDecoder
 from fastgrpo.rollout.loop.cache import Row, SlabCache
-from fastgrpo.rollout.loop.check import compare, why_not
+from fastgrpo.rollout.loop.check import compare, fuse, why_not
 from fastgrpo.rollout.loop.decoder import Decoder, Ended
 from fastgrpo.rollout.loop.plain import PlainRow, decode_plainly
 from fastgrpo.rollout.loop.slabs import KeyShape
@@ -37,6 +38,7 @@ class LoopEngine:
     timeout:     seconds that one `generate` may take; None = any.
 
     reason:      why the model runs over transformers' own cache, slower; None when it does not, or was not yet asked.
+    unfused:     why layers run as transformers has them, in many kernels; None when they do not.
     unslotted:   why keys and values are not in slots of fixed size, as a GPU wants them; None when they are.
     uncaptured:  why the last `generate` ran without CUDA graphs; None when it had them.
     cache_bytes: memory that keys and values took in the last `generate`; 0 over transformers' cache.
@@ -57,10 +59,12 @@ class LoopEngine:
         self.version = 0
         self.end_tokens = end_tokens_of(model, tokenizer)
         self.reason: str | None = None
+        self.unfused: str | None = "not asked yet"
         self.unslotted: str | None = "not asked yet"
         self.uncaptured: str | None = "not asked yet"
         self.cache_bytes = 0
         self._shape: KeyShape | None = None
+        self._body: Body = StockBody(model)
         self._session: Session | None = None
 
     def generate(
@@ -128,14 +132,16 @@ class LoopEngine:
         self._shape, self.reason = why_not(self.model)
         if self._shape is None:
             return
+        fused, self.unfused = fuse(self.model)
+        self._body = fused or self._body
         self.unslotted = why_not_slots(self._shape)
         if self.unslotted is None:
             try:
                 cache = SlotCache(self._shape, rows=3, groups=2, longest_prompt=5, longest_completion=3)
-                self.unslotted = compare(self.model, cache)
+                self.unslotted = compare(self.model, self._body, cache)
                 cache = SlotCache(self._shape, rows=3, groups=2, longest_prompt=5, longest_completion=3)
                 cache.longest = 4096  # paths are then split
-                self.unslotted = self.unslotted or compare(self.model, cache)
+                self.unslotted = self.unslotted or compare(self.model, self._body, cache)
             except Exception as error:  # what the kernels do not take; slabs take everything
                 self.unslotted = f"{type(error).__name__}: {error}"
 
@@ -153,7 +159,7 @@ class LoopEngine:
         longest = max(len(ids) for ids in prompts)
         if self.unslotted is not None:
             cache = SlabCache(shape, rows=rows, longest_prompt=longest, longest_completion=sampling.max_tokens)
-            Decoder(self.model, cache, sampling, stopping, rows).run(prompts, n, ended, check)
+            Decoder(self._body, cache, sampling, stopping, rows).run(prompts, n, ended, check)
             self.cache_bytes, self.uncaptured = cache.nbytes, "keys and values are not in slots"
             return
         session, self._session = self._session, None  # one that is cut short is not gone on with
@@ -162,7 +168,7 @@ class LoopEngine:
             before = None if session is None else session.asked
             session = None  # its memory first
             session = Session.make(plan, shape, n, before)
-        SlotDecoder(self.model, session, plan, sampling, stopping).run(prompts, n, ended, check)
+        SlotDecoder(self._body, session, plan, sampling, stopping).run(prompts, n, ended, check)
         self.cache_bytes, self.uncaptured = session.cache.nbytes, session.reason
         self._session = session
 

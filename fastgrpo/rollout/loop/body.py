@@ -1,0 +1,232 @@
+"""A decoder's forward in few kernels, for layers as Llama, Mistral and Qwen have them.
+
+transformers runs a layer of Qwen2 as 7 products and 30 small kernels; in a step that decodes, those take longer than
+the products. Here it is 4 products and 4 kernels around attention: projections of one input are one product where
+their weights lie side by side, residual and norm are one kernel, so are the rotations of queries and keys with their
+norms, and SwiGLU. All round where transformers rounds, so that samples follow the policy that is trained. No gradients.
+
+Which layers these are is asked, not listed: every layer's queries, keys and values and the logits are compared with the
+model's own. What differs, as norms on both sides or other rotations do, runs as it always did. Not done here: adapters
+in one product with what they adapt; rotations of a part of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgrpo_kernels import add_rms_norm, rotate_heads, swiglu
+
+
+class Body(Protocol):
+    """Logits [T, V] after a step's tokens, ids and positions [T], or after those in `keep` alone.
+
+    step: called in every layer, as attention: module, query [1, Hq, T, d], key and value [1, Hkv, T, d] and options.
+    """
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, step: Any, ids: Tensor, positions: Tensor, keep: Tensor | int = 0) -> Tensor: ...
+
+
+class StockBody:
+    """Of any model whose attention is handed to `attend=`, as it is."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def __call__(self, step: Any, ids: Tensor, positions: Tensor, keep: Tensor | int = 0) -> Tensor:
+        output = self.model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            # Four dimensions: transformers hands such a mask through and builds none. `attend` does not look at it.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
+            use_cache=False,
+            logits_to_keep=keep,
+            attend=step,
+        )
+        return output.logits[0]
+
+
+class UnknownLayerError(ValueError):
+    """A layer that is not computed as `FusedBody` would; one line that says how."""
+
+
+class FusedBody:
+    """Of a causal or PEFT model, of the very parameters that it has at the time.
+
+    options: what attention is told in each layer, besides its module, queries, keys and values.
+    Raises UnknownLayerError for another kind of model, where that shows; only comparing tells that it is of this one.
+    """
+
+    def __init__(self, model: Any, options: list[dict[str, Any]]) -> None:
+        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        decoder = causal_lm.get_decoder()
+        try:
+            _only(decoder, {"embed_tokens", "layers", "norm"})
+            self.embed, self.rotary = decoder.embed_tokens, decoder.rotary_emb
+            self.norm, self.head = _norm(decoder.norm), causal_lm.lm_head
+            self.layers = [_Layer.of(layer, told) for layer, told in zip(decoder.layers, options, strict=True)]
+        except AttributeError as error:
+            raise UnknownLayerError(f"{type(causal_lm).__name__}: {error}") from error
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def __call__(self, step: Any, ids: Tensor, positions: Tensor, keep: Tensor | int = 0) -> Tensor:
+        x, residual = self.embed(ids), None
+        rotations = self.rotary(x[None], positions[None])
+        cos, sin = (r[0] for r in rotations)
+        for layer in self.layers:
+            x, residual = layer(x, residual, cos, sin, step)
+        x = self.norm(x, residual)[0]
+        return self.head(x if isinstance(keep, int) else x[keep])
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """Of the sum of its inputs; also returns that."""
+
+    module: Any
+    eps: float
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, self.module.weight, eps=self.eps)
+
+
+def _norm(module: Any) -> _Norm:
+    _only(module, set())
+    names = [name for name, _ in module.named_parameters()]
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not type(module).__name__.endswith("RMSNorm") or names != ["weight"] or not isinstance(eps, float):
+        raise UnknownLayerError(f"its norms are {type(module).__name__}")
+    return _Norm(module, eps)
+
+
+class _Products:
+    """Linear maps of one input; one product while their weights lie side by side."""
+
+    def __init__(self, linears: list[Any]) -> None:
+        self.linears = linears
+        self.plain = all(type(x) is nn.Linear and not _hooked(x) for x in linears)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        weight, bias = None, None
+        if self.plain:
+            weight = _joined([linear.weight for linear in self.linears])
+            biases = [linear.bias for linear in self.linears if linear.bias is not None]
+            bias = _joined(biases) if biases else None
+            if len(biases) not in (0, len(self.linears)) or (biases and bias is None):
+                weight = None
+        if weight is None:
+            return tuple(linear(x) for linear in self.linears)
+        return F.linear(x, weight, bias).split([linear.out_features for linear in self.linears], -1)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor | None:
+    """All of them as one, if each begins where the one before it ends."""
+    first, end = tensors[0], tensors[0].data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != end or tensor.dtype != first.dtype or not tensor.is_contiguous():
+            return None
+        end += tensor.nbytes
+    rows = sum(len(tensor) for tensor in tensors)
+    if first.untyped_storage().data_ptr() + first.untyped_storage().nbytes() < end:
+        return None  # neighbours by chance
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """attention: the module that `options` are told with; heads: norms of queries and keys, if there are any."""
+
+    attention: Any
+    options: dict[str, Any]
+    before: _Norm
+    project: _Products
+    size: int
+    heads: tuple[_Norm, _Norm] | None
+    output: Any
+    after: _Norm
+    mlp: Any
+
+    @classmethod
+    def of(cls, layer: Any, options: dict[str, Any]) -> _Layer:
+        attention = layer.self_attn
+        _only(layer, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+        _only(attention, {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"})
+        names = ("q_norm", "k_norm")
+        norms = [_norm(getattr(attention, name)) for name in names if getattr(attention, name, None) is not None]
+        if len(norms) == 1 or len({norm.eps for norm in norms}) > 1:
+            raise UnknownLayerError("its queries and keys are normalised unlike each other")
+        return cls(
+            attention,
+            options,
+            _norm(layer.input_layernorm),
+            _Products([attention.q_proj, attention.k_proj, attention.v_proj]),
+            attention.head_dim,
+            (norms[0], norms[1]) if norms else None,
+            attention.o_proj,
+            _norm(layer.post_attention_layernorm),
+            _GatedMLP.of(layer.mlp) or (lambda x: layer.mlp(x[None])[0]),
+        )
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, step: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What this layer adds to the residual stream, and the stream: both [T, D], from those of the layer before."""
+        x, residual = self.before(x, residual)
+        q, k, v = (part.unflatten(-1, (-1, self.size)) for part in self.project(x))
+        if self.heads is None:
+            q, k = rotate_heads(q, k, cos, sin)
+        else:
+            weights = {"q_weight": self.heads[0].module.weight, "k_weight": self.heads[1].module.weight}
+            q, k = rotate_heads(q, k, cos, sin, **weights, eps=self.heads[0].eps)
+        q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
+        x = self.output(step(self.attention, q, k, v, **self.options).flatten(2)[0])
+        x, residual = self.after(x, residual)
+        return self.mlp(x), residual
+
+
+@dataclass(frozen=True)
+class _GatedMLP:
+    """SwiGLU."""
+
+    project: _Products
+    down: Any
+
+    @classmethod
+    def of(cls, mlp: Any) -> _GatedMLP | None:
+        """None for any other kind, which runs as it is: experts, hooks."""
+        parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        activation = getattr(mlp, "act_fn", None)
+        if None in parts or _hooked(mlp) or type(activation).__name__ not in ("SiLU", "SiLUActivation"):
+            return None
+        return cls(_Products(parts[:2]), parts[2])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self.project(x)
+        return self.down(swiglu(gate, up))
+
+
+def _only(module: Any, known: set[str]) -> None:
+    """A module that is not called itself: others inside it would be passed over, and so would hooks."""
+    children = {name for name, child in module.named_children() if next(child.parameters(), None) is not None}
+    if unknown := sorted(children - known):
+        raise UnknownLayerError(f"{type(module).__name__} has {', '.join(unknown)}")
+    if _hooked(module):
+        raise UnknownLayerError(f"{type(module).__name__} has hooks")
+
+
+def _hooked(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -1,0 +1,1 @@
+"""The residual stream's sum and its root mean square norm."""

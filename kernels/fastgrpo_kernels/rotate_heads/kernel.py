@@ -1,0 +1,148 @@
+# mypy: disable-error-code="no-untyped-def"
+"""`rotate_heads` in Triton: a program takes one token and a block of its heads of queries, or of keys.
+
+A head is two tiles, its halves, which turn with one another: no shuffle, and 128-bit accesses where half a head is a
+multiple of 16 bytes. Products are not fused with sums: what is rounded apart in PyTorch is rounded apart here. Not
+measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..add_rms_norm.kernel import PER_WARP, scaled
+from ..specs import KernelSpec
+
+MAX_TILE = 1024
+"""Elements of each half of the heads that a program takes."""
+
+OPTIONS = {"enable_fp_fusion": False}
+
+
+@triton.jit
+def _turned(x, y, cos, sin):
+    """x * cos + y * sin, each step rounded to the dtype of cos."""
+    dtype: tl.constexpr = cos.dtype
+    by_cos = (x * cos.to(tl.float32)[None, :]).to(dtype).to(tl.float32)
+    by_sin = (y * sin.to(tl.float32)[None, :]).to(dtype).to(tl.float32)
+    return (by_cos + by_sin).to(dtype)
+
+
+@triton.jit
+def _rotate(
+    p_x, p_weight, p_out, cos, sin, cos_2, sin_2, stride, eps, i_head, HEADS: tl.constexpr, SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The heads i_head of one token, whose queries or keys begin at p_x, and go to p_out. WIDTH >= SIZE / 2."""
+    HALF: tl.constexpr = SIZE // 2
+    o = tl.arange(0, WIDTH)
+    inside = (i_head < HEADS)[:, None] & (o < HALF)[None, :]
+    o_x = i_head[:, None] * stride + o[None, :]
+    x = tl.load(p_x + o_x, mask=inside, other=0.0).to(tl.float32)
+    x_2 = tl.load(p_x + o_x + HALF, mask=inside, other=0.0).to(tl.float32)
+    if p_weight is not None:
+        weight = tl.load(p_weight + o, mask=o < HALF, other=0.0)[None, :]
+        weight_2 = tl.load(p_weight + o + HALF, mask=o < HALF, other=0.0)[None, :]
+        scale = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(x_2 * x_2, 1)) * (1.0 / SIZE) + eps)[:, None]
+        x, x_2 = scaled(x, scale, weight).to(tl.float32), scaled(x_2, scale, weight_2).to(tl.float32)
+    o_out = i_head[:, None] * SIZE + o[None, :]
+    tl.store(p_out + o_out, _turned(x, -x_2, cos, sin), mask=inside)
+    tl.store(p_out + o_out + HALF, _turned(x_2, x, cos_2, sin_2), mask=inside)
+
+
+@triton.jit
+def rotate_heads_kernel(
+    p_q, p_k, p_cos, p_sin, p_q_weight, p_k_weight, p_q_out, p_k_out,
+    stride_q, stride_qh, stride_k, stride_kh, stride_cos, stride_sin, eps,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """q [T, QUERIES, SIZE], k [T, KEYS, SIZE] -> the same, contiguous. Both weights [SIZE] or None.
+
+    BLOCK heads a program, WIDTH >= SIZE / 2, powers of two. Grid: (T * (cdiv(QUERIES, BLOCK) + cdiv(KEYS, BLOCK)),).
+    """
+    Q_BLOCKS: tl.constexpr = (QUERIES + BLOCK - 1) // BLOCK
+    K_BLOCKS: tl.constexpr = (KEYS + BLOCK - 1) // BLOCK
+    i_row = (tl.program_id(0) // (Q_BLOCKS + K_BLOCKS)).to(tl.int64)
+    i_block = tl.program_id(0) % (Q_BLOCKS + K_BLOCKS)
+    o = tl.arange(0, WIDTH)
+    half = o < SIZE // 2
+    p_cos += i_row * stride_cos
+    p_sin += i_row * stride_sin
+    cos, sin = tl.load(p_cos + o, mask=half, other=0.0), tl.load(p_sin + o, mask=half, other=0.0)
+    cos_2 = tl.load(p_cos + o + SIZE // 2, mask=half, other=0.0)
+    sin_2 = tl.load(p_sin + o + SIZE // 2, mask=half, other=0.0)
+    if i_block < Q_BLOCKS:
+        i_head = i_block * BLOCK + tl.arange(0, BLOCK)
+        p_q += i_row * stride_q
+        p_q_out += i_row * (QUERIES * SIZE)
+        _rotate(p_q, p_q_weight, p_q_out, cos, sin, cos_2, sin_2, stride_qh, eps, i_head, QUERIES, SIZE, WIDTH)
+    else:
+        i_head = (i_block - Q_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+        p_k += i_row * stride_k
+        p_k_out += i_row * (KEYS * SIZE)
+        _rotate(p_k, p_k_weight, p_k_out, cos, sin, cos_2, sin_2, stride_kh, eps, i_head, KEYS, SIZE, WIDTH)
+
+
+def tiling(queries: int, keys: int, size: int) -> dict[str, int]:
+    width = triton.next_power_of_2(size // 2)
+    block = min(triton.next_power_of_2(max(queries, keys)), MAX_TILE // width)
+    return {"BLOCK": block, "WIDTH": width, "num_warps": max(1, block * width // PER_WARP)}
+
+
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """As the op; fp16, bf16 or fp32. One launch."""
+    q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
+    (rows, queries, size), keys = q.shape, k.shape[1]
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    chosen = tiling(queries, keys, size)
+    programs = rows * sum(triton.cdiv(heads, chosen["BLOCK"]) for heads in (queries, keys))
+    if programs:
+        weights = (None if w is None else w.contiguous() for w in (q_weight, k_weight))
+        with torch.cuda.device_of(q):
+            rotate_heads_kernel[(programs,)](
+                q, k, cos, sin, *weights, q_out, k_out,
+                q.stride(0), q.stride(1), k.stride(0), k.stride(1), cos.stride(0), sin.stride(0), eps,
+                QUERIES=queries, KEYS=keys, SIZE=size, **chosen, **OPTIONS,
+            )  # fmt: skip
+    return q_out, k_out
+
+
+def _spec(dtype: str, queries: int, keys: int, size: int, norm: bool) -> KernelSpec:
+    weights = ("p_q_weight", "p_k_weight")
+    tensors = ("p_q", "p_k", "p_cos", "p_sin", "p_q_out", "p_k_out", *(weights if norm else ()))
+    strides = ("stride_q", "stride_qh", "stride_k", "stride_kh", "stride_cos", "stride_sin")
+    chosen = tiling(queries, keys, size)
+    num_warps = chosen.pop("num_warps")
+    return KernelSpec(
+        name=f"rotate_heads_{dtype}_{queries}_{keys}x{size}{'_norm' if norm else ''}",
+        kernel=rotate_heads_kernel,
+        signature={
+            **dict.fromkeys(tensors, f"*{dtype}:16"),
+            **dict.fromkeys(strides, "i32:16"),
+            "eps": "fp32",
+        },
+        constexprs={
+            "QUERIES": queries, "KEYS": keys, "SIZE": size, **chosen, **({} if norm else dict.fromkeys(weights)),
+        },
+        num_warps=num_warps,
+        options=OPTIONS,
+        wide=True,
+    )  # fmt: skip
+
+
+PLAIN = ((14, 2, 64), (12, 2, 128), (28, 4, 128), (32, 8, 128), (8, 4, 256), (32, 32, 80))
+"""Heads and their size of Qwen2.5-0.5B, 1.5B and 7B, Llama-3-8B, Gemma-2-2B, and one that is no power of two."""
+NORMED = ((16, 8, 128), (32, 8, 128))
+"""Qwen3-0.6B and 1.7B, 4B and 8B."""
+
+KERNELS = [
+    *(_spec(dtype, *heads, False) for dtype, heads in product(("bf16", "fp32"), PLAIN)),
+    *(_spec(dtype, *heads, True) for dtype, heads in product(("bf16", "fp32"), NORMED)),
+]

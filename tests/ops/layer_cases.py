@@ -1,0 +1,130 @@
+"""Inputs of a decoder layer's small ops, and what transformers and plain float64 make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from fastgrpo_kernels import add_rms_norm, rotate_heads, swiglu
+from fastgrpo_kernels.add_rms_norm.reference import add_rms_norm_reference
+from fastgrpo_kernels.rotate_heads.reference import rotate_heads_reference
+from fastgrpo_kernels.swiglu.reference import swiglu_reference
+
+EPS = 1e-6
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Op:
+    """make: (rows, dtype, device) -> keyword arguments. run, theirs, exact: the op, transformers' own, and float64."""
+
+    make: Callable[..., dict[str, Any]]
+    run: Callable[..., tuple[Tensor, ...]]
+    theirs: Callable[..., tuple[Tensor, ...]]
+    exact: Callable[..., tuple[Tensor, ...]]
+
+
+def numbers(seed: int, *shape: int, dtype: torch.dtype, device: str = "cpu", scale: float = 1.0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=g)).to(dtype).to(device)
+
+
+def angles(rows: int, size: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """cos, sin [T, d] of positions up to 30000, as transformers' rotary embeddings give them."""
+    position = torch.randint(30_000, (rows,), generator=torch.Generator().manual_seed(7)).double()
+    frequency = 1e6 ** (-torch.arange(0, size, 2).double() / size)
+    angle = torch.cat([position[:, None] * frequency] * 2, 1)
+    return angle.cos().to(dtype).to(device), angle.sin().to(dtype).to(device)
+
+
+def make_norm(
+    rows: int, dtype: torch.dtype, device: str = "cpu", *, size: int = 96, residual: bool = True
+) -> dict[str, Any]:
+    x, other = (numbers(i, rows, size, dtype=dtype, device=device, scale=2.0) for i in range(2))
+    weight = 1 + numbers(2, size, dtype=dtype, device=device, scale=0.3)
+    return {"x": x, "residual": other if residual else None, "weight": weight, "eps": EPS}
+
+
+def make_heads(
+    rows: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    heads: tuple[int, int] = (7, 2),
+    size: int = 16,
+    norm: bool = False,
+) -> dict[str, Any]:
+    """q and k as slices of one product, behind which the values lie."""
+    queries, kept = heads
+    fused = numbers(3, rows, queries + 2 * kept, size, dtype=dtype, device=device)
+    cos, sin = angles(rows, size, dtype, device)
+    given: dict[str, Any] = {"q": fused[:, :queries], "k": fused[:, queries : queries + kept], "cos": cos, "sin": sin}
+    if norm:
+        for i, name in enumerate(("q_weight", "k_weight")):
+            given[name] = 1 + numbers(4 + i, size, dtype=dtype, device=device, scale=0.3)
+        given["eps"] = EPS
+    return given
+
+
+def make_gates(rows: int, dtype: torch.dtype, device: str = "cpu", *, size: int = 72) -> dict[str, Any]:
+    gate, up = numbers(6, rows, 2 * size, dtype=dtype, device=device, scale=4.0).chunk(2, -1)
+    return {"gate": gate, "up": up}
+
+
+def _norm_module(kind: type[torch.nn.Module], x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    module = kind(weight.numel(), eps=eps).to(x.device, x.dtype)
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    normed: Tensor = module(x)
+    return normed
+
+
+def their_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x if residual is None else residual + x
+    return _norm_module(Qwen2RMSNorm, total, weight, eps), total
+
+
+def their_heads(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, ...]:
+    """Batches of one token: [T, heads, 1, d]."""
+    by_head = []
+    for x, weight in ((q, q_weight), (k, k_weight)):
+        x = x.contiguous()[:, None]
+        x = x if weight is None or eps is None else _norm_module(Qwen3RMSNorm, x, weight, eps)
+        by_head.append(x.transpose(1, 2))
+    return tuple(x[:, :, 0] for x in apply_rotary_pos_emb(*by_head, cos[:, None], sin[:, None]))
+
+
+def their_gates(gate: Tensor, up: Tensor) -> tuple[Tensor]:
+    return (torch.nn.SiLU()(gate.contiguous()) * up.contiguous(),)
+
+
+def _norm_op(**given: Any) -> Op:
+    return Op(lambda *at, **more: make_norm(*at, **{**given, **more}), add_rms_norm, their_norm, add_rms_norm_reference)
+
+
+def _heads_op(**given: Any) -> Op:
+    return Op(
+        lambda *at, **more: make_heads(*at, **{**given, **more}), rotate_heads, their_heads, rotate_heads_reference
+    )
+
+
+OPS = {
+    "add_rms_norm": _norm_op(),
+    "add_rms_norm of x": _norm_op(residual=False),
+    "rotate_heads": _heads_op(),
+    "rotate_heads with norms": _heads_op(norm=True),
+    "swiglu": Op(make_gates, lambda **x: (swiglu(**x),), their_gates, lambda **x: (swiglu_reference(**x),)),
+}

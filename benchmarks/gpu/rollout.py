@@ -131,7 +131,7 @@ def _generate(bench: Bench, shape: Shape, job: Job, make: Callable[[Policy, int]
             sync = _clock(bench, partial(engine.sync, policy))
             runs.append((sync, _clock(bench, generate), sum(r.num_tokens for r in made)))
         peak = _peak(bench, lambda: _one(engine, prompts, job, 9))
-        names = ("reason", "unslotted", "uncaptured", "_attention")
+        names = ("reason", "unfused", "unslotted", "uncaptured", "_attention")
         ways = {name: value for name in names if (value := getattr(engine, name, None))}
     finally:
         engine.close()

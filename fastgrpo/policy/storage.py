@@ -30,11 +30,13 @@ def own_memory(model: Any) -> None:
 
 
 def _of_one_input(model: Any) -> list[list[torch.nn.Linear]]:
-    modules = [[getattr(m, name, None) for name in names] for m in model.modules() for names in _TOGETHER]
+    modules: list[list[Any]] = [
+        [getattr(module, name, None) for name in names] for module in model.modules() for names in _TOGETHER
+    ]
     return [found for found in modules if all(type(linear) is torch.nn.Linear for linear in found)]
 
 
-def _lay(tensors: list[torch.nn.Parameter]) -> None:
+def _lay(tensors: list[Tensor]) -> None:
     """One after the other in new memory, or each in its own where that would misalign one."""
     data: list[Tensor] = [t.data for t in tensors]
     alike = len({(t.dtype, t.device, t.shape[1:]) for t in data}) == 1

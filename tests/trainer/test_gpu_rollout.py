@@ -67,7 +67,7 @@ def test_log_probs_are_the_training_forwards(name: str, dtype: str, tiny_tokeniz
     prompts, sampling = _prompts(3, 300, 1, 64, 65, 7, 200, 31), Sampling(150, 0.9, seed=3, stop_token_ids=(5, 6))
     engine = LoopEngine(policy.model, policy.tokenizer, batch_size=24)
     rollouts = engine.generate(prompts, 8, sampling)
-    assert (engine.reason, engine.unslotted, engine.uncaptured) == (None, None, None)
+    assert (engine.reason, engine.unfused, engine.unslotted, engine.uncaptured) == (None,) * 4
     assert len({r.num_tokens for r in rollouts}) > 10
     assert _difference(policy, rollouts, 0.9) <= _TOLERANCE[dtype]
     session = engine._session
@@ -80,6 +80,18 @@ def test_log_probs_are_the_training_forwards(name: str, dtype: str, tiny_tokeniz
             parameter.mul_(1.05)  # captured steps read the weights of now
     assert _difference(policy, engine.generate(prompts, 8, sampling), 0.9) <= _TOLERANCE[dtype]
     assert engine._session is session
+
+
+def test_layers_of_another_make_are_captured_as_they_are(tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    config = tf.Gemma2Config(**_SIZES, head_dim=32, query_pre_attn_scalar=32, sliding_window=40)
+    policy = _policy(config, tiny_tokenizer, "bfloat16")
+    engine = LoopEngine(policy.model, policy.tokenizer, batch_size=24)
+    for seed in (3, 4):
+        rollouts = engine.generate(_prompts(3, 300, 64), 8, Sampling(150, seed=seed))
+        assert _difference(policy, rollouts, 1.0) <= _TOLERANCE["bfloat16"]
+    assert (engine.reason, engine.unslotted, engine.uncaptured) == (None,) * 3
+    assert engine.unfused is not None
+    assert [record.args for record in caplog.records if "slower" in record.message] == [(engine.unfused,)]
 
 
 def test_greedy_tokens_are_those_of_generate(tiny_tokenizer: Any) -> None:

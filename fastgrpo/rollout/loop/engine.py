@@ -6,6 +6,7 @@ A model that cannot be decoded so runs over transformers' cache; `reason` says w
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from fastgrpo.rollout.loop.plain import PlainRow, decode_plainly
 from fastgrpo.rollout.loop.slabs import KeyShape
 from fastgrpo.rollout.loop.slots import SlotCache, why_not_slots
 from fastgrpo.rollout.stopping import Stopping
+
+logger = logging.getLogger(__name__)
 
 # Of a GPU's memory, what may stay taken while the policy trains: preparing graphs anew takes seconds.
 _KEPT_SHARE = 0.2
@@ -63,6 +66,7 @@ class LoopEngine:
         self.unslotted: str | None = "not asked yet"
         self.uncaptured: str | None = "not asked yet"
         self.cache_bytes = 0
+        self._told: str | None = None
         self._shape: KeyShape | None = None
         self._body: Body = StockBody(model)
         self._session: Session | None = None
@@ -107,6 +111,7 @@ class LoopEngine:
                 decode_plainly(self.model, ids, n, sampling, stopping, self.batch_size, ended, check)
             else:
                 self._decode(self._shape, ids, n, sampling, stopping, ended, check)
+            self._tell()
         finally:
             self.model.train(was_training)
         return [rollout for group in range(len(prompts)) for rollout in groups[group]]
@@ -144,6 +149,14 @@ class LoopEngine:
                 self.unslotted = self.unslotted or compare(self.model, self._body, cache)
             except Exception as error:  # what the kernels do not take; slabs take everything
                 self.unslotted = f"{type(error).__name__}: {error}"
+
+    def _tell(self) -> None:
+        """Once, and when it changes: what makes it slower than it could be on this GPU."""
+        reasons = [self.reason] if self.reason else [self.unfused, self.unslotted, self.uncaptured]
+        slower = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
+        if slower and slower != self._told and next(self.model.parameters()).is_cuda:
+            logger.warning("rollouts are slower than they could be: %s", slower)
+        self._told = slower
 
     def _decode(
         self,

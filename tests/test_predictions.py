@@ -18,7 +18,9 @@ from benchmarks.gpu.machine import H200, exp_gemm, gemm
 from benchmarks.gpu.update_cases import SHAPES, make_model
 from benchmarks.small_model import Shape
 from fastgrpo.policy.attention import Packed, no_mask, register
+from fastgrpo.policy.storage import own_memory
 from fastgrpo.policy.work import describe_work
+from fastgrpo.rollout.loop.check import fuse
 from fastgrpo_kernels import PackedLayout
 from fastgrpo_kernels.head.plan import DEVICE_GRADIENTS, DEVICE_GRADIENTS_FROZEN, DEVICE_LOGITS
 
@@ -104,10 +106,11 @@ def test_fused_layers_and_fewer_tokens_take_less() -> None:
 
 
 class _Passes(TorchDispatchMode):
-    """Bytes and calls of what is neither a view, nor a matrix product, nor attention."""
+    """Bytes and calls of what is neither a view, nor a matrix product, nor attention; `skipped` by parts of names."""
 
-    def __init__(self) -> None:
+    def __init__(self, *skipped: str) -> None:
         super().__init__()
+        self.skipped = ("mm", "empty", *skipped)
         self.bytes, self.calls = 0, Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -116,7 +119,7 @@ class _Passes(TorchDispatchMode):
         storages = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         is_view = all(x.untyped_storage().data_ptr() in storages for x in made) and "copy_" not in str(func)
-        if not is_view and not any(name in str(func) for name in ("mm", "fastgrpo", "empty")):
+        if not is_view and not any(name in str(func) for name in self.skipped):
             self.bytes += sum(_distinct(x) * x.element_size() for x in tensors)
             self.calls[str(func)] += 1
         return out
@@ -137,9 +140,9 @@ def _counted(s: Shape, tokens: int) -> list[tuple[float, int]]:
     layout = PackedLayout([tokens // 2], [[tokens // 4] * 2])
     ids = torch.zeros(1, tokens, dtype=torch.int64)
     options = {"attention_mask": no_mask(torch.device("cpu")), "use_cache": False, "packed": Packed(layout)}
-    with _Passes() as forward:
+    with _Passes("fastgrpo") as forward:
         out = model.model(input_ids=ids, position_ids=layout.position_ids[None], **options).last_hidden_state
-    with _Passes() as backward:
+    with _Passes("fastgrpo") as backward:
         out.backward(torch.ones_like(out))
     return [(x.bytes / tokens, x.calls.total()) for x in (forward, backward)]
 
@@ -155,6 +158,28 @@ def test_the_eager_layers_move_the_bytes_that_are_counted() -> None:
         formula = sum(a * b for a, b in zip(said[i], sizes, strict=True))
         assert more[0] - some[0] == pytest.approx(formula, rel=0.03)
         assert more[1] - some[1] == layers.kernels[i]
+
+
+def _counted_decoding(s: Shape, tokens: int) -> tuple[float, int]:
+    """(bytes of a token, calls), attention left out."""
+    model = make_model(s, torch.device("cpu"), torch.bfloat16)
+    model.set_attn_implementation(register())
+    own_memory(model)
+    body, reason = fuse(model)
+    assert body is not None, reason
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    with torch.no_grad(), _Passes() as passes:
+        body(lambda module, query, key, value, **_: query.transpose(1, 2), ids, ids)
+    return passes.bytes / tokens, passes.calls.total()
+
+
+def test_decoding_layers_move_the_bytes_that_are_counted() -> None:
+    s = Shape("counted", 64, width=96, feed_forward=256, layers=2, heads=6, kv_heads=2, head_dim=16)
+    two, three = _counted_decoding(s, 128), _counted_decoding(replace(s, layers=3), 128)
+    layers = predict_update.DECODING
+    formula = sum(a * b for a, b in zip(layers.forward, (96, 256, 8 * 16), strict=True))
+    assert three[0] - two[0] == pytest.approx(formula, rel=0.03)
+    assert three[1] - two[1] == layers.kernels[0]
 
 
 def test_the_work_is_the_model_s() -> None:

@@ -8,7 +8,17 @@ from typing import Any
 
 from benchmarks.gpu.machine import Machine, Prediction, gemm, in_ms, stream
 from benchmarks.gpu.predict_head import sample_tokens
-from benchmarks.gpu.predict_update import LAYERS, PRODUCTS, parameters, passes, products, shape_of
+from benchmarks.gpu.predict_update import (
+    DECODING,
+    JOINED_PRODUCTS,
+    LAYERS,
+    PRODUCTS,
+    matrices,
+    parameters,
+    passes,
+    products,
+    shape_of,
+)
 from benchmarks.gpu.rollout import JOBS
 from benchmarks.small_model import Shape
 from fastgrpo.rollout.loop.burst import bucket
@@ -52,13 +62,14 @@ def kept_bytes(s: Shape) -> int:
     return 2 * 2 * s.layers * s.kv_heads * s.head_dim
 
 
-def step_seconds(machine: Machine, s: Shape, rows: int, path: Path, body: str = "eager") -> dict[str, float]:
+def step_seconds(machine: Machine, s: Shape, rows: int, path: Path, fused: bool = True) -> dict[str, float]:
     """One token more for each of so many rows, as a replayed CUDA graph; a prompt's other rows read it from L2."""
+    layers = DECODING if fused else LAYERS["eager"]
     kept = kept_bytes(s)
     split = rows * s.kv_heads < SPLIT_BELOW
     return {
-        "small kernels": passes(machine, s, rows, body)[0] + OUTSIDE * machine.node,
-        "products": products(machine, s, rows)[0],
+        "small kernels": passes(machine, s, rows, layers)[0] + OUTSIDE * machine.node,
+        "products": s.layers * sum(gemm(machine, rows, n, k) for n, k in matrices(s, joined=fused)),
         "head": gemm(machine, rows, s.vocabulary, s.width),
         "attention": stream(machine, path.once(rows) * kept, machine.decoding, s.layers * (1 + split))
         + (path.all(rows) - path.once(rows)) * kept / machine.l2,
@@ -72,11 +83,11 @@ def limit_seconds(machine: Machine, s: Shape, rows: int, path: Path) -> float:
     return path.once(rows) * kept_bytes(s) / machine.copy + max(weights, flop)
 
 
-def steady(machine: Machine, p: dict[str, Any], small: bool = False, body: str = "eager") -> Prediction:
+def steady(machine: Machine, p: dict[str, Any], small: bool = False) -> Prediction:
     """A step of a full batch, against what must be read and multiplied."""
     s, job = shape_of(p["model"]), JOBS[small]
     path = Path(job.length, p["length"] - job.length, job.n)
-    parts = step_seconds(machine, s, bucket(p["rows"]), path, body)
+    parts = step_seconds(machine, s, bucket(p["rows"]), path)
     return Prediction(in_ms(parts), 1e3 * limit_seconds(machine, s, p["rows"], path))
 
 
@@ -86,13 +97,14 @@ def mean_length(p: dict[str, Any]) -> float:
     return float((1 - keep ** p["longest"]) / (1 - keep))
 
 
-def generate(machine: Machine, p: dict[str, Any], engine: str = "loop", body: str = "eager") -> Prediction:
+def generate(machine: Machine, p: dict[str, Any], engine: str = "loop") -> Prediction:
     """All samples of all prompts at once, fewer and fewer of them alive."""
     s, rows, keep = shape_of(p["model"]), p["prompts"] * p["n"], 1 - 1 / p["mean"]
     parts = {"prompts": prompt_seconds(machine, s, p["prompts"] * p["length"])}
     for done in range(0, p["longest"], BURST):
         alive = max(1, round(rows * keep**done))
-        step = step_seconds(machine, s, bucket(alive), Path(p["length"], done + BURST / 2, p["n"]), body)
+        path = Path(p["length"], done + BURST / 2, p["n"])
+        step = step_seconds(machine, s, bucket(alive), path, fused=engine == "loop")
         step["host"] = (BURST_HOST + alive * ROW_HOST) / BURST
         if engine == "transformers":
             step = continuous(machine, s, alive, sum(step.values()) - step["host"])
@@ -111,10 +123,10 @@ def continuous(machine: Machine, s: Shape, rows: int, device: float) -> dict[str
 
 def prompt_seconds(machine: Machine, s: Shape, tokens: int) -> float:
     """The prompts' forward, all in one step; their attention is too short to matter."""
-    device = products(machine, s, tokens)[0] + passes(machine, s, tokens, "eager")[0]
-    return max(device, s.layers * (LAYERS["eager"].kernels[0] + PRODUCTS) * machine.host)
+    device = products(machine, s, tokens)[0] + passes(machine, s, tokens, DECODING)[0]
+    return max(device, s.layers * (DECODING.kernels[0] + JOINED_PRODUCTS) * machine.host)
 
 
-def against_transformers(machine: Machine, p: dict[str, Any], body: str = "eager") -> Prediction:
+def against_transformers(machine: Machine, p: dict[str, Any]) -> Prediction:
     """Tokens per second by ours over those of transformers' continuous batching."""
-    return Prediction(ratio=generate(machine, p, "transformers").ms / generate(machine, p, body=body).ms)
+    return Prediction(ratio=generate(machine, p, "transformers").ms / generate(machine, p).ms)

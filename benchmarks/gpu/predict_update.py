@@ -50,8 +50,11 @@ LAYERS = {
     "torch_compile": Layers((12, 6, 4), (24, 12, 4), (5, 8)),
     "liger": Layers((20, 6, 4), (46, 10, 6), (8, 20)),  # residuals and sums of gradients stay PyTorch's
 }
-PRODUCTS = 7
-"""Of a layer: queries, keys, values, output, gate, up, down."""
+DECODING = Layers((16, 6, 4), (0, 0, 0), (4, 0))
+"""Of rollouts: add_rms_norm twice, rotate_heads, swiglu."""
+
+PRODUCTS, JOINED_PRODUCTS = 7, 4
+"""Of a layer: queries, keys, values, output, gate, up, down; those of one input as one."""
 
 ACCUMULATE, STEP = 10, 50
 """Bytes of a parameter: its bf16 gradient into the fp32 sum, in each micro-batch; zeros, norm, clipping, AdamW and the
@@ -68,9 +71,11 @@ MERGE_GRADIENTS = 6
 """Bytes of a shared query's number: two gradients added."""
 
 
-def matrices(s: Shape) -> list[tuple[int, int]]:
-    """[out, in] of a layer's weights."""
+def matrices(s: Shape, joined: bool = False) -> list[tuple[int, int]]:
+    """[out, in] of a layer's weights. joined: those of one input as one."""
     q, k, D, F = s.heads * s.head_dim, s.kv_heads * s.head_dim, s.width, s.feed_forward
+    if joined:
+        return [(q + 2 * k, D), (D, q), (2 * F, D), (D, F)]
     return [(q, D), (k, D), (k, D), (D, q), (F, D), (F, D), (D, F)]
 
 
@@ -92,9 +97,9 @@ def products(machine: Machine, s: Shape, T: int) -> tuple[float, float]:
     return s.layers * forward, s.layers * backward
 
 
-def passes(machine: Machine, s: Shape, T: int, body: str) -> tuple[float, float]:
+def passes(machine: Machine, s: Shape, T: int, layers: Layers) -> tuple[float, float]:
     """Seconds of all else in the layers, but attention."""
-    layers, sizes = LAYERS[body], (s.width, s.feed_forward, (s.heads + s.kv_heads) * s.head_dim)
+    sizes = (s.width, s.feed_forward, (s.heads + s.kv_heads) * s.head_dim)
     found = []
     for each, kernels in zip((layers.forward, layers.backward), layers.kernels, strict=True):
         moved = T * sum(a * b for a, b in zip(each, sizes, strict=True))
@@ -124,7 +129,7 @@ def body_seconds(
 ) -> dict[str, float]:
     """Forward and backward of the layers for a micro-batch. recomputed: the share of the forward done once more."""
     T, again = layout.num_tokens, 1 + recomputed
-    kinds = {"products": products(machine, s, T), "layer passes": passes(machine, s, T, body)}
+    kinds = {"products": products(machine, s, T), "layer passes": passes(machine, s, T, LAYERS[body])}
     one = attention(machine, s.heads, s.head_dim, layout)
     kinds["attention"] = (s.layers * one[0], s.layers * one[1])
     return {name: again * forward + backward for name, (forward, backward) in kinds.items()}
@@ -216,7 +221,7 @@ def trl(machine: Machine, p: dict[str, Any], small: bool = False) -> Prediction:
     head = peer(machine, "trl", {"N": scored, "D": s.width, "V": s.vocabulary}).ms / 1e3
     parts = {
         "products": sum(products(machine, s, T)),
-        "layer passes": sum(passes(machine, s, T, layers)),
+        "layer passes": sum(passes(machine, s, T, LAYERS[layers])),
         "attention": s.layers * pairs / machine.masked,
         "head": head,
         "gradient sums": stream(machine, 6 * parameters(s), machine.eager, 12 * s.layers),

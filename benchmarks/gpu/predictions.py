@@ -220,11 +220,11 @@ def _rollout_figures() -> Iterator[Figure]:
     job = rollout.JOBS[False].params
     for s, required in zip(SHAPES, rollout.FASTER_THAN_TRANSFORMERS, strict=True):
         name, p = f"rollout, {s.name}: continuous batching's time", {"model": s.name, **job}
-        yield _layered(name, required, False, predict_rollout.against_transformers, p)
+        yield Figure(name, required, predict_rollout.against_transformers(H200, p), False)
         for rows, length in ((512, 384), (1024, 640)):
             p = {"model": s.name, "rows": rows, "length": length}
             name = f"decoding, {s.name}, {rows} rows: over the limit"
-            yield _layered(name, rollout.OF_LIMIT, True, predict_rollout.steady, p)
+            yield Figure(name, rollout.OF_LIMIT, predict_rollout.steady(H200, p), True)
 
 
 def _shared_prompts(machine: Machine, p: dict[str, Any], body: str) -> Prediction:

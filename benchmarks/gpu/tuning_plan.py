@@ -11,9 +11,9 @@ from math import ceil
 from typing import Any
 
 from benchmarks.gpu import predict_head, predict_rollout, predict_update
-from benchmarks.gpu.machine import H200, Machine, exp_gemm, gemm
+from benchmarks.gpu.machine import H200, Machine, exp_gemm, stream
 from benchmarks.gpu.predict_rollout import Path
-from benchmarks.gpu.predict_update import layouts, matrices, shape_of, workload
+from benchmarks.gpu.predict_update import layouts, shape_of, workload
 from fastgrpo_kernels import PackedLayout
 from fastgrpo_kernels.head.exp_gemm.config import WIDE
 from fastgrpo_kernels.head.plan import ROW_TILE, even_windows
@@ -72,25 +72,26 @@ def _update() -> Iterator[Candidate]:
     )
 
 
+def _rotations(s: Any, rows: int) -> float:
+    """Seconds of a layer's rotate_heads."""
+    return stream(H200, 4 * rows * (s.heads + s.kv_heads) * s.head_dim, H200.eager)
+
+
 def _decoding() -> Iterator[Candidate]:
     for model, rows, path in ((_SMALL, 512, Path(128, 256, 16)), (_LARGE, 1024, Path(128, 512, 16))):
         s, case = shape_of(model), f"decoding, {model}, {rows} rows"
 
-        def step(
-            machine: Machine = H200, body: str = "eager", s: Any = s, rows: int = rows, path: Path = path
-        ) -> float:
-            return sum(predict_rollout.step_seconds(machine, s, rows, path, body).values())
+        def step(machine: Machine = H200, fused: bool = True, s: Any = s, rows: int = rows, path: Path = path) -> float:
+            return sum(predict_rollout.step_seconds(machine, s, rows, path, fused).values())
 
         refuted = "small kernels that follow one another in less than 1 us each in a graph's trace"
-        yield Candidate(
-            "fuse norms, RoPE, SwiGLU in the captured step", case, step(), step(body="torch_compile"), refuted
-        )
-        q, k, D, F = (s.heads * s.head_dim, s.kv_heads * s.head_dim, s.width, s.feed_forward)
-        apart = sum(gemm(H200, rows, n, m) for n, m in matrices(s))
-        joined = sum(gemm(H200, rows, n, m) for n, m in ((q + 2 * k, D), (D, q), (2 * F, D), (D, F)))
-        refuted = "the three products of q, k and v within 2 us of one product's time"
-        after = step() - s.layers * (apart - joined)
-        yield Candidate("q, k, v in one product, gate and up in one", case, step(), after, refuted)
+        yield Candidate("layers in 4 products and 4 kernels (the default)", case, step(fused=False), step(), refuted)
+        refuted = "rotate_heads below 1.5 us in a graph's trace"
+        after = step() - s.layers * _rotations(s, rows)
+        yield Candidate("rotate queries and keys inside decode_attention", case, step(), after, refuted)
+        refuted = "no kernel that starts before the one ahead of it has ended, in a trace"
+        sooner = {"node": H200.node / 2}
+        yield _changed("launches that overlap the kernel before (PDL)", case, step, refuted, **sooner)
         refuted = "no configuration of the stage `sweep` above 80 % of the copy's bandwidth"
         yield _changed("decode_attention at 85 % of a copy: block, warps, stages", case, step, refuted, decoding=0.85)
 

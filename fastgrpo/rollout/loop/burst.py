@@ -311,12 +311,12 @@ class SlotDecoder(Decoder):
                 by_itself[turn, i] |= self.stopping.ended(tail.tolist())
         last = by_itself | (columns + 1 >= self.sampling.max_tokens)
         over = last.any(0)
-        finished = []
-        for i in np.flatnonzero(over).tolist():
-            row, turn = self.cache.rows[i], int(last[:, i].argmax())
-            self.unread.append((row, int(columns[turn, i]) + 1))
-            self._end(row, bool(by_itself[turn, i]))
-            finished.append(row)
+        ends = np.flatnonzero(over)
+        finished = [self.cache.rows[i] for i in ends.tolist()]
+        turns = last[:, ends].argmax(0)
+        self.unread += zip(finished, (columns[turns, ends] + 1).tolist(), strict=True)
+        for row, alone in zip(finished, by_itself[turns, ends].tolist(), strict=True):
+            self._end(row, alone)
         self.counts = self.counts + len(tokens)
         if finished:
             self._leave(finished, np.flatnonzero(~over))

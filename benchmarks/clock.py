@@ -33,6 +33,20 @@ class _EventClock:
         return mark
 
 
+def peak_tensor_bytes(device: torch.device, run: Callable[[], Any]) -> int:
+    """Bytes of tensors at the peak of `run` beyond those before it, on any device; on a CPU by PyTorch's profiler."""
+    if device.type == "cuda":
+        return peak_allocated_bytes(run)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    live = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
 def peak_allocated_bytes(run: Callable[[], Any]) -> int:
     """Bytes allocated on the GPU at the peak of `run` beyond those before it."""
     torch.cuda.synchronize()

@@ -9,7 +9,6 @@ that of tensors: what lasts, by part, and the peak of each phase; beside each th
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import results
+from benchmarks.clock import peak_tensor_bytes
 from benchmarks.gpu.bench import Bench, Row
 from benchmarks.gpu.rollout import Job, make_policy
 from benchmarks.gpu.update_cases import shapes
@@ -73,7 +73,7 @@ class Watched(GRPOTrainer):
             if self.state.step != _MEASURED - 1:
                 return call(*args, **kwargs)
             found: list[Any] = []
-            self.peaks[phase] = _peak(self.policy.device, lambda: found.append(call(*args, **kwargs)))
+            self.peaks[phase] = peak_tensor_bytes(self.policy.device, lambda: found.append(call(*args, **kwargs)))
             return found[0]
 
         return watch
@@ -100,25 +100,6 @@ def _bytes(tensors: Iterable[Tensor | None]) -> int:
     """Of storages, each once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t is not None}
     return sum(s.nbytes() for s in storages.values())
-
-
-def _peak(device: torch.device, run: Callable[[], object]) -> int:
-    """What the allocator holds at most more than before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    live = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
 
 
 def _run(bench: Bench, shape: Shape, job: Job, steps: int, **options: Any) -> tuple[Watched, list[Row], GRPOConfig]:
@@ -158,7 +139,7 @@ def train(bench: Bench) -> None:
     rate = 3e-3 if bench.small else 2e-5
     params = {"model": shape.name, "steps": steps, "learning_rate": rate, **job.params}
     bench.attempt("run", "train", "fastgrpo", params, partial(_train, bench, shape, job, steps, rate))
-    _free(bench)
+    bench.free()
 
 
 def _train(bench: Bench, shape: Shape, job: Job, steps: int, rate: float) -> Row:
@@ -196,7 +177,7 @@ def compare(bench: Bench, shape: Shape, job: Job) -> None:
             bench.attempt("memory", algorithm, "fastgrpo", params, run)
             if bench.rows[-1]["ms"]:
                 found[algorithm] = bench.rows[-1]
-            _free(bench)
+            bench.free()
         if len(found) == 2:
             _compare(bench, found, {"model": shape.name, "reference": reference, **job.params})
 
@@ -269,12 +250,6 @@ def _predicted(plan: Plan) -> Row:
         for phase, names in together.items()
     }
     return parts | {"reference": reference} | peaks
-
-
-def _free(bench: Bench) -> None:
-    gc.collect()
-    if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def main() -> None:

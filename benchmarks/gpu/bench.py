@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -57,6 +58,12 @@ class Bench:
         except Exception as error:  # one case must not take the others with it
             found = {"correct": False, "error": f"{type(error).__name__}: {error}"[:2000]}
         self.add(case, op, peer, params, **found)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def free(self) -> None:
+        """Let go of what the case before has left."""
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -30,11 +30,16 @@ SPLIT_BELOW = 512
 OUTSIDE = 26
 """Kernels of a step outside the layers, counted at PyTorch's dispatcher: embedding, rotary table, last norm, state."""
 
-BURST_HOST, ROW_HOST = 1e-3, 2e-6
-"""Seconds of the host between two bursts, and of that for a row: two copies, NumPy, what has ended; assumed."""
+BURST_HOST, ROW_HOST, ROW_BEGUN = 1.7e-4, 4e-7, 8e-6
+"""Seconds of the host while the device waits: between two bursts, more for each of their rows, and for a row to begin.
+Measured on a core of an AMD EPYC, as those below: `python -m benchmarks.rollout_host`."""
 
-TOKEN_TEXT = 1e-6
-"""Seconds of the host for a token that becomes text; assumed of the tokenizers package."""
+LAUNCH = 1e-4
+"""Seconds besides, of a burst: its first launch, two copies back, the host that wakes; assumed."""
+
+TOKEN_LISTED, TOKEN_TEXT = 1.9e-7, 7e-7
+"""Seconds of the host for a token of a completion that has ended: into lists, into text. The device meanwhile decodes,
+but for what ends with the last burst."""
 
 CONTINUOUS_ROW, CONTINUOUS_OPERATORS = 8e-6, 1.3
 """Of transformers' continuous batching: the host's Python for a row of a step, and operators of a layer by ours (its
@@ -98,20 +103,37 @@ def mean_length(p: dict[str, Any]) -> float:
 
 
 def generate(machine: Machine, p: dict[str, Any], engine: str = "loop") -> Prediction:
-    """All samples of all prompts at once, fewer and fewer of them alive."""
+    """All samples of all prompts at once, fewer and fewer of them alive; those that ended become text meanwhile."""
     s, rows, keep = shape_of(p["model"]), p["prompts"] * p["n"], 1 - 1 / p["mean"]
     parts = {"prompts": prompt_seconds(machine, s, p["prompts"] * p["length"])}
     for done in range(0, p["longest"], BURST):
         alive = max(1, round(rows * keep**done))
         path = Path(p["length"], done + BURST / 2, p["n"])
         step = step_seconds(machine, s, bucket(alive), path, fused=engine == "loop")
-        step["host"] = (BURST_HOST + alive * ROW_HOST) / BURST
+        device = sum(step.values())
         if engine == "transformers":
-            step = continuous(machine, s, alive, sum(step.values()) - step["host"])
+            step = continuous(machine, s, alive, device)
+        else:
+            put_off = (TOKEN_LISTED + TOKEN_TEXT) * ended_tokens(p, done - BURST)
+            step["host"] = (LAUNCH + BURST_HOST + alive * ROW_HOST) / BURST + max(0.0, put_off / BURST - device)
         for name, seconds in step.items():
             parts[name] = parts.get(name, 0.0) + BURST * seconds
-    parts["text"] = TOKEN_TEXT * rows * mean_length(p)
+    if engine == "transformers":
+        parts["text"] = TOKEN_TEXT * rows * mean_length(p)
+    else:
+        parts["host"] += rows * ROW_BEGUN
+        parts["text"] = (TOKEN_LISTED + TOKEN_TEXT) * ended_tokens(p, done)
     return Prediction(in_ms(parts))
+
+
+def ended_tokens(p: dict[str, Any], done: int) -> float:
+    """Of the completions that end in the burst after so many tokens; in the last burst all do."""
+    rows, keep = p["prompts"] * p["n"], 1 - 1 / p["mean"]
+    if done < 0:
+        return 0.0
+    if done + BURST >= p["longest"]:
+        return float(rows * keep**done * p["longest"])
+    return float(rows * (keep**done - keep ** (done + BURST)) * (done + BURST / 2))
 
 
 def continuous(machine: Machine, s: Shape, rows: int, device: float) -> dict[str, float]:

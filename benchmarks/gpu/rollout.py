@@ -7,7 +7,6 @@ of a batch in which every row is alive; its limit is what must be read, at the c
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -91,7 +90,7 @@ def _engines(bench: Bench, shape: Shape, job: Job, required: float) -> None:
         bench.attempt("generate", "rollout", peer, params, partial(_generate, bench, shape, job, make, rows))
         if bench.rows[-1]["ms"]:
             rates[name] = bench.rows[-1]["tokens_per_second"]
-        _free(bench)
+        bench.free()
     for name in rates.keys() - {"loop"}:
         found: Row = {"speed_ratio": round(rates["loop"] / rates[name], 3)} if "loop" in rates else {}
         if bench.device.type == "cuda" and name == "transformers" and found:
@@ -254,9 +253,3 @@ def _peak(bench: Bench, run: Callable[[], Any]) -> int | None:
         return 0
 
     return bench.peak_bytes(nothing)
-
-
-def _free(bench: Bench) -> None:
-    gc.collect()
-    if bench.device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.clock import peak_tensor_bytes
 from fastgrpo.config import GRPOConfig
 from fastgrpo.gpus import GPUS, Device
 from fastgrpo.optim import Optimizer
@@ -27,6 +28,7 @@ from fastgrpo.records import Prompt, Rollout, RolloutBatch, Sampling
 from fastgrpo.rollout.loop import LoopEngine
 from fastgrpo.update import Updater
 
+_peak = partial(peak_tensor_bytes, torch.device("cpu"))
 _CPU = Device("CPU", 32 << 30)
 _LOAD = Workload(prompts=3, group=4, prompt=60, longest=120, mean=120)
 _SMALL: dict[str, Any] = {
@@ -102,18 +104,6 @@ def _state(optimizer: Optimizer) -> list[Tensor]:
 
 def _gradients(optimizer: Optimizer) -> list[Tensor | None]:
     return [p.grad for group in optimizer.torch_optimizer.param_groups for p in group["params"]]
-
-
-def _peak(run: Callable[[], object]) -> int:
-    """What the allocator holds at most more than before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    live = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
 
 
 def _temporary(plan: Plan, phase: str) -> int:

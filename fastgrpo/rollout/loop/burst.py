@@ -8,6 +8,7 @@ to the next, as long as it fits. A model that cannot be captured runs the same s
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -231,28 +232,27 @@ def draw(
 class SlotDecoder(Decoder):
     """`Decoder` over a `Session`: steps that bring prompts run as they are, all others in bursts.
 
-    Tokens stay in arrays, not in the rows, until a row ends: the host has a few microseconds per row and burst.
+    Tokens stay in arrays, not in the rows, until a row that ended is told of: between a burst and the next launch the
+    GPU waits, so the host then does only what that launch needs.
     """
 
     cache: SlotCache
 
     def __init__(self, body: Body, session: Session, plan: Plan, sampling: Sampling, stopping: Stopping) -> None:
         batch_size = min(plan.rows, session.plan.rows)
-        super().__init__(body, session.cache, sampling, stopping, batch_size)
+        super().__init__(body, session.cache, sampling, stopping, batch_size, session.uniforms)
         self.longest = plan.longest
         self.groups = min(plan.groups, session.plan.groups)  # a session may have room for more
         self.session = session
-        self.uniforms = session.uniforms
         self.prefill_tokens = tokens_at_once(session.cache.shape.dtype)
         self.refill = batch_size // 8
-        self.rows: list[Row] = []  # those of `state`, in order, and how many tokens each has
+        # Of the cache's rows, in order, but for new ones behind the others; and how many tokens each has.
         self.state = torch.zeros(_STATE, 0, dtype=torch.int64, device=self.device)
         self.slots = self.counts = np.zeros(0, dtype=np.int64)
         self.tokens = np.zeros((batch_size, sampling.max_tokens + BURST), dtype=np.int64)
         self.logprobs = np.zeros(self.tokens.shape, dtype=np.float32)
-        self._ends, self._candidates = (
-            np.array(sorted(ids), dtype=np.int64) for ids in (stopping.tokens, stopping.candidates)
-        )
+        self.unread: list[tuple[Row, int]] = []  # have ended; as many tokens of theirs are in the arrays
+        self._ends, self._candidates = _table(stopping.tokens), _table(stopping.candidates)
 
     def _next_prompts(self, waiting: deque[Group], n: int) -> list[Group]:
         # A step that brings prompts is not captured, and slow for all rows: it waits until it fills many slots.
@@ -264,58 +264,77 @@ class SlotDecoder(Decoder):
         return super()._fits(groups) and self.cache.kept + len(groups) <= self.groups
 
     def _turn(self, groups: list[Group], ended: Ended) -> list[Row]:
-        self._look_at_rows()
+        fresh = self._join()
         if groups:
             step = SlotStep(self.cache, self.state[_WHERE], self.longest, groups)
             tokens, logprobs, logits = draw(self.body, step, self.state, self.uniforms, self.sampling, groups)
             self._make_ready(groups, logits)
             tokens, logprobs = tokens[None], logprobs[None]
         else:
-            tokens, logprobs = self.session.burst(self.body, self.sampling, len(self.rows), self.longest).run(
-                self.state
-            )
-        finished = self._keep(tokens.cpu().numpy(), logprobs.cpu().numpy(), ended) if self.rows else []
-        self.cache.remove(finished)
-        return finished
-
-    def _look_at_rows(self) -> None:
-        """Bring the state up to the cache's rows: some left, new ones come behind the others."""
-        rows = self.cache.rows
-        if rows == self.rows:
-            return
-        place = {row: i for i, row in enumerate(self.rows)}
-        kept = [place[row] for row in rows if row in place]
-        fresh = rows[len(kept) :]
-        state = [[r.tokens[0], r.group.start, r.group.length, r.start, 0, r.slot] for r in fresh]
-        columns = torch.tensor(state, dtype=torch.int64).view(-1, _STATE).T.to(self.device)
-        self.state = torch.cat([self.state[:, torch.tensor(kept, dtype=torch.int64, device=self.device)], columns], 1)
-        self.rows = list(rows)
-        self.slots = np.array([row.slot for row in rows], dtype=np.int64)
-        self.counts = np.concatenate([self.counts[kept], np.ones(len(fresh), dtype=np.int64)])
-        for row in fresh:
+            burst = self.session.burst(self.body, self.sampling, len(self.slots), self.longest)
+            tokens, logprobs = burst.run(self.state)
+        # Not awaited, and so into pinned memory.
+        tokens, logprobs = (x.to("cpu", non_blocking=True) for x in (tokens, logprobs))
+        self._deliver(ended)
+        for row in fresh:  # not before: their slots may be those of rows that have just been told of
             self.tokens[row.slot, 0], self.logprobs[row.slot, 0] = row.tokens[0], row.logprobs[0]
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return self._keep(tokens.numpy(), logprobs.numpy())
 
-    def _keep(self, tokens: np.ndarray, logprobs: np.ndarray, ended: Ended) -> list[Row]:
+    def _deliver(self, ended: Ended) -> None:
+        for row, count in self.unread:
+            row.tokens = self.tokens[row.slot, :count].tolist()
+            row.logprobs = self.logprobs[row.slot, :count].tolist()
+        self.unread = []
+        super()._deliver(ended)
+
+    def _join(self) -> list[Row]:
+        """The cache's new rows, which come behind the others."""
+        fresh = self.cache.rows[len(self.slots) :]
+        if fresh:
+            state = [[r.tokens[0], r.group.start, r.group.length, r.start, 0, r.slot] for r in fresh]
+            columns = torch.tensor(state, dtype=torch.int64).T.to(self.device)
+            self.state = torch.cat([self.state, columns], 1)
+            self.slots = np.concatenate([self.slots, np.array([row.slot for row in fresh], dtype=np.int64)])
+            self.counts = np.concatenate([self.counts, np.ones(len(fresh), dtype=np.int64)])
+        return fresh
+
+    def _keep(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[Row]:
         """Tokens and log-probs [turns, rows], those behind a row's end included; the rows that have ended."""
         columns = self.counts + np.arange(len(tokens))[:, None]
         self.tokens[self.slots, columns], self.logprobs[self.slots, columns] = tokens, logprobs
-        by_itself = np.isin(tokens, self._ends)
-        if len(self._candidates):
-            for turn, i in np.argwhere(np.isin(tokens, self._candidates)):
+        by_itself = self._ends.take(tokens, mode="clip")
+        if self.stopping.candidates:
+            for turn, i in np.argwhere(self._candidates.take(tokens, mode="clip")):
                 end = columns[turn, i] + 1
                 tail = self.tokens[self.slots[i], max(0, end - self.stopping.tail) : end]
                 by_itself[turn, i] |= self.stopping.ended(tail.tolist())
         last = by_itself | (columns + 1 >= self.sampling.max_tokens)
-        finished = []
-        for i in np.flatnonzero(last.any(0)).tolist():
-            row, turn = self.rows[i], int(last[:, i].argmax())
-            count = int(columns[turn, i]) + 1
-            row.tokens = self.tokens[row.slot, :count].tolist()
-            row.logprobs = self.logprobs[row.slot, :count].tolist()
-            self._end(row, bool(by_itself[turn, i]), ended)
-            finished.append(row)
+        over = last.any(0)
+        ends = np.flatnonzero(over)
+        finished = [self.cache.rows[i] for i in ends.tolist()]
+        turns = last[:, ends].argmax(0)
+        self.unread += zip(finished, (columns[turns, ends] + 1).tolist(), strict=True)
+        for row, alone in zip(finished, by_itself[turns, ends].tolist(), strict=True):
+            self._end(row, alone)
         self.counts = self.counts + len(tokens)
+        if finished:
+            self._leave(finished, np.flatnonzero(~over))
         return finished
+
+    def _leave(self, finished: list[Row], others: np.ndarray) -> None:
+        """Rows that have ended; the places of the others."""
+        self.cache.remove(finished)
+        self.state = self.state[:, torch.from_numpy(others).to(self.device)]
+        self.slots, self.counts = self.slots[others], self.counts[others]
+
+
+def _table(tokens: Collection[int]) -> np.ndarray:
+    """Is a token one of them? To be asked with mode="clip": the last entry is that of all larger ones."""
+    table = np.zeros(max(tokens, default=-1) + 2, dtype=bool)
+    table[list(tokens)] = True
+    return table
 
 
 def room_for(longest_prompt: int) -> int:

@@ -55,25 +55,38 @@ class Decoder:
     body:       the forward of a model in eval mode.
     stopping:   what ends a completion.
     batch_size: completions alive at once.
+    uniforms:   [batch_size, max_tokens] float64 at least, for the random numbers of rows; made on the CPU if None.
     """
 
     # Prompt tokens of one step, unless one prompt is longer: bounds the memory of the activations.
     prefill_tokens = 2048
 
-    def __init__(self, body: Body, cache: Cache, sampling: Sampling, stopping: Stopping, batch_size: int) -> None:
+    def __init__(
+        self,
+        body: Body,
+        cache: Cache,
+        sampling: Sampling,
+        stopping: Stopping,
+        batch_size: int,
+        uniforms: Tensor | None = None,
+    ) -> None:
         self.body = body
         self.cache = cache
         self.sampling = sampling
         self.stopping = stopping
         self.device = body.device
         self.free = list(range(batch_size))[::-1]
-        self.uniforms = torch.zeros(batch_size, sampling.max_tokens, dtype=torch.float64)
+        if uniforms is None:
+            uniforms = torch.zeros(batch_size, sampling.max_tokens, dtype=torch.float64)
+        self.uniforms = uniforms
         self.ready: deque[Group] = deque()
+        self.pending: list[tuple[Row, bool]] = []  # have ended, but nobody was told yet
 
     @torch.no_grad()
     def run(self, prompts: Sequence[list[int]], n: int, ended: Ended, check: Callable[[], None]) -> None:
         """Decode everything; `ended` is called once per sample, in the order in which they end.
 
+        A GPU does not wait for `ended`: it is called when the next forward has been launched.
         check: called before every forward; what it raises ends the decoding.
         """
         waiting = deque(
@@ -82,20 +95,28 @@ class Decoder:
         live = 0
         while waiting or self.ready or live:
             check()
-            live += self._start(ended)
+            live += self._start()
             groups = self._next_prompts(waiting, n)
             if live or groups:
                 live -= len(self._turn(groups, ended))
+        self._deliver(ended)
 
     def _turn(self, groups: list[Group], ended: Ended) -> list[Row]:
         """One forward: a token more for every row, and these prompts; the rows that have ended."""
         step = self.cache.step(groups)
         logits = forward(self.body, step, [row.tokens[-1] for row in step.rows])
+        self._deliver(ended)
         rows = len(step.rows)
         self._make_ready(groups, logits[rows:])
-        finished = self._draw(step.rows, logits[:rows], ended) if rows else []
+        finished = self._draw(step.rows, logits[:rows]) if rows else []
         self.cache.remove(finished)
         return finished
+
+    def _deliver(self, ended: Ended) -> None:
+        """Tell of the rows that have ended."""
+        pending, self.pending = self.pending, []
+        for row, by_itself in pending:
+            ended(row, by_itself)
 
     def _make_ready(self, groups: list[Group], logits: Tensor) -> None:
         """Prompts that have run; logits [groups, V] of the tokens after them."""
@@ -104,7 +125,7 @@ class Decoder:
             group.draws = uniforms(self.sampling.seed, group.index, len(group.waiting), self.sampling.max_tokens)
         self.ready += groups
 
-    def _start(self, ended: Ended) -> int:
+    def _start(self) -> int:
         """Give free slots to waiting samples and draw their first tokens; how many rows that makes."""
         started = 0
         while self.free and self.ready:
@@ -120,7 +141,7 @@ class Decoder:
                     self.ready.popleft()
                     group.logits = group.draws = None
             each = torch.stack(logits).repeat_interleave(torch.tensor(counts, device=self.device), 0)
-            finished = set(self._draw(rows, each, ended))
+            finished = set(self._draw(rows, each))
             for row in rows:
                 if row not in finished:
                     self.cache.add_row(row)
@@ -155,27 +176,27 @@ class Decoder:
     def _fits(self, groups: list[Group]) -> bool:
         return self.cache.fits(groups)
 
-    def _draw(self, rows: Sequence[Row], logits: Tensor, ended: Ended) -> list[Row]:
+    def _draw(self, rows: Sequence[Row], logits: Tensor) -> list[Row]:
         """Add a token to every row; the rows that have ended, whose slots are free again."""
         slots, counts = [row.slot for row in rows], [len(row.tokens) for row in rows]
         tokens, logprobs = sample(logits, self.uniforms[slots, counts].to(self.device), self.sampling)
         drawn = zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)
-        return [row for row, token, logprob in drawn if self._take(row, token, logprob, ended)]
+        return [row for row, token, logprob in drawn if self._take(row, token, logprob)]
 
-    def _take(self, row: Row, token: int, logprob: float, ended: Ended) -> bool:
+    def _take(self, row: Row, token: int, logprob: float) -> bool:
         """Add a token to a row; has it ended?"""
         row.tokens.append(token)
         row.logprobs.append(logprob)
         by_itself = self.stopping.ended(row.tokens)
         if not by_itself and len(row.tokens) < self.sampling.max_tokens:
             return False
-        self._end(row, by_itself, ended)
+        self._end(row, by_itself)
         return True
 
-    def _end(self, row: Row, by_itself: bool, ended: Ended) -> None:
+    def _end(self, row: Row, by_itself: bool) -> None:
         row.group.alive -= 1
         self.free.append(row.slot)
-        ended(row, by_itself)
+        self.pending.append((row, by_itself))
 
 
 def forward(body: Body, step: Step, tokens: list[int]) -> Tensor:

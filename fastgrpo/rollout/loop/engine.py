@@ -78,17 +78,16 @@ class LoopEngine:
         if not prompts:
             return []
         stopping = Stopping(self.tokenizer, self.end_tokens | set(sampling.stop_token_ids), sampling.stop_strings)
-        samples: dict[int, tuple[Row | PlainRow, bool]] = {}
+        samples: dict[int, Rollout] = {}
         groups: dict[int, list[Rollout]] = {}
         missing = [n] * len(prompts)
 
         def ended(row: Row | PlainRow, by_itself: bool) -> None:
             group = row.sample // n
-            samples[row.sample] = row, by_itself
+            samples[row.sample] = self._rollout(prompts[group], group, row, by_itself)
             missing[group] -= 1
             if not missing[group]:
-                members = [samples.pop(i) for i in range(group * n, (group + 1) * n)]
-                groups[group] = self._rollouts(prompts[group], group, members)
+                groups[group] = [samples.pop(i) for i in range(group * n, (group + 1) * n)]
                 if done is not None:
                     done(groups[group])
 
@@ -185,20 +184,16 @@ class LoopEngine:
         self.cache_bytes, self.uncaptured = session.cache.nbytes, session.reason
         self._session = session
 
-    def _rollouts(self, prompt: Prompt, group: int, samples: list[tuple[Row | PlainRow, bool]]) -> list[Rollout]:
-        texts = self.tokenizer.batch_decode([row.tokens for row, _ in samples], skip_special_tokens=True)
-        return [
-            Rollout(
-                prompt,
-                group,
-                row.tokens,
-                torch.tensor(row.logprobs, dtype=torch.float32),
-                finished=by_itself,
-                text=text,
-                weights_version=self.version,
-            )
-            for (row, by_itself), text in zip(samples, texts, strict=True)
-        ]
+    def _rollout(self, prompt: Prompt, group: int, row: Row | PlainRow, by_itself: bool) -> Rollout:
+        return Rollout(
+            prompt,
+            group,
+            row.tokens,
+            torch.tensor(row.logprobs, dtype=torch.float32),
+            finished=by_itself,
+            text=self.tokenizer.decode(row.tokens, skip_special_tokens=True),
+            weights_version=self.version,
+        )
 
 
 def end_tokens_of(model: Any, tokenizer: Any) -> set[int]:

@@ -93,6 +93,25 @@ def test_a_faster_machine_is_never_slower() -> None:
         assert predict_update.ours(replace(H200, **{name: number}), p).ms < usual, name
 
 
+def test_every_token_of_a_rollout_becomes_text_once() -> None:
+    p = {"model": SHAPES[0].name, "prompts": 64, "n": 16, "length": 128, "mean": 300.0, "longest": 1024}
+    tokens = [predict_rollout.ended_tokens(p, done) for done in range(-8, 1024, 8)]
+    assert tokens[0] == 0
+    assert sum(tokens) == pytest.approx(64 * 16 * predict_rollout.mean_length(p), rel=0.01)
+
+
+def test_texts_cost_what_the_device_does_not_hide(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = {"model": SHAPES[0].name, "prompts": 64, "n": 16, "length": 128, "mean": 300.0, "longest": 1024}
+    usual = predict_rollout.generate(H200, p).parts
+    monkeypatch.setattr(predict_rollout, "TOKEN_TEXT", 2 * predict_rollout.TOKEN_TEXT)
+    slower = predict_rollout.generate(H200, p).parts
+    assert slower["host"] == usual["host"]  # all but those of the last burst are hidden
+    assert 1.5 < slower["text"] / usual["text"] < 2
+    monkeypatch.setattr(predict_rollout, "TOKEN_TEXT", 1.0)
+    hours = predict_rollout.generate(H200, p)
+    assert hours.ms == pytest.approx(1e3 * 64 * 16 * predict_rollout.mean_length(p), rel=0.01)
+
+
 def test_fused_layers_and_fewer_tokens_take_less() -> None:
     p = {"model": SHAPES[1].name, "lengths": "gsm8k", "prompts": 64}
     eager, compiled = (predict_update.mfu(H200, {**p, "body": body}) for body in ("eager", "torch_compile"))

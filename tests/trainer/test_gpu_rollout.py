@@ -13,7 +13,7 @@ from fastgrpo import GRPOConfig, GRPOTrainer
 from fastgrpo.packing import pack
 from fastgrpo.policy import Policy, load_policy
 from fastgrpo.records import Prompt, Rollout, Sampling
-from fastgrpo.rollout.loop import LoopEngine
+from fastgrpo.rollout.loop import LoopEngine, burst
 
 pytestmark = pytest.mark.gpu
 
@@ -103,6 +103,24 @@ def test_greedy_tokens_are_those_of_generate(tiny_tokenizer: Any) -> None:
         ids = torch.tensor([prompt.token_ids], device=policy.device)
         made = policy.model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=sorted(engine.end_tokens))
         assert made[0, len(prompt.token_ids) :].tolist() == rollout.token_ids
+
+
+def test_a_burst_s_tokens_are_not_awaited(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When rows are told of, the device is still at work, and what comes back lies in pinned memory."""
+    policy = _policy(_FAMILIES["qwen2"], tiny_tokenizer, "bfloat16")
+    engine = LoopEngine(policy.model, policy.tokenizer)
+    engine.generate(_prompts(100), 8, Sampling(64))  # graphs are captured
+    busy: list[bool] = []
+    deliver = burst.SlotDecoder._deliver
+
+    def look(self: Any, *args: Any) -> None:
+        busy.append(not torch.cuda.current_stream(policy.device).query())
+        deliver(self, *args)
+
+    monkeypatch.setattr(burst.SlotDecoder, "_deliver", look)
+    engine.generate(_prompts(100), 8, Sampling(64))
+    assert sum(busy) > len(busy) / 2
+    assert torch.zeros(3, device=policy.device).to("cpu", non_blocking=True).is_pinned()
 
 
 def test_memory_does_not_grow_with_the_prompts(tiny_tokenizer: Any) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ import torch
 
 from fastgrpo.collect import Collector
 from fastgrpo.config import GRPOConfig
+from fastgrpo.policy import load_policy
 from fastgrpo.records import Prompt, Rollout, Sampling, TrainState
 from fastgrpo.rewards import AllRewardsFailed, RewardFunction, RewardRunner
+from fastgrpo.rollout.loop import LoopEngine, burst
+from fastgrpo.rollout.loop import engine as loop_engine
 
 
 class _Engine:
@@ -71,6 +75,41 @@ def test_groups_are_scored_while_others_are_sampled() -> None:
 
     batch = _collect([RewardFunction("r", reward, timeout=30)], released=released)
     assert [r.reward for r in batch.rollouts] == [0.0, 1.0, 2.0] * 5
+
+
+def test_groups_of_the_loop_engine_are_scored_while_a_burst_runs(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the GPU: once a group was handed over, a burst's tokens come when it has been scored."""
+    policy = load_policy(str(tiny_model_dir), None, GRPOConfig())
+    engine = LoopEngine(policy.model, policy.tokenizer, batch_size=3)
+    handed, scored = threading.Event(), threading.Event()
+    keep, generate = burst.SlotDecoder._keep, engine.generate
+    waited: list[bool] = []
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        scored.set()
+        return [float(len(c)) for c in completions]
+
+    def await_tokens(self: Any, *args: Any) -> Any:
+        if handed.is_set() and not waited:
+            waited.append(scored.wait(20))
+        return keep(self, *args)
+
+    def hand_over(prompts: list[Prompt], n: int, sampling: Sampling, done: Any) -> list[Rollout]:
+        return generate(prompts, n, sampling, lambda group: (done(group), handed.set()))
+
+    monkeypatch.setattr(loop_engine, "why_not_slots", lambda shape: None)
+    monkeypatch.setattr(burst.SlotDecoder, "_keep", await_tokens)
+    monkeypatch.setattr(engine, "generate", hand_over)
+    runner = RewardRunner([RewardFunction("r", reward, timeout=30)], in_threads=True)
+    source: Any = _Source()
+    config = GRPOConfig(num_prompts_per_step=5, num_generations=3, overlap_rewards=True, max_completion_length=9)
+    batch = Collector(source, engine, runner, config).collect(TrainState(), None)
+    runner.close()
+    assert engine.unslotted is None
+    assert waited == [True]
+    assert [r.reward for r in batch.rollouts] == [float(len(r.text)) for r in batch.rollouts]
 
 
 def test_the_batch_is_the_one_scored_at_the_end() -> None:

@@ -132,9 +132,9 @@ OPS = {
 }
 
 
-def assert_spoils_its_row(op: Op, bad: float) -> None:
+def assert_spoils_its_row(op: Op, bad: float, device: str = "cpu") -> None:
     """A number of row 2 of the first tensor: what depends on it is as in transformers, and other rows are as before."""
-    given = op.make(4, torch.bfloat16)
+    given = op.make(4, torch.bfloat16, device)
     clean = op.run(**given)
     first = next(iter(given))
     given[first] = given[first].clone()

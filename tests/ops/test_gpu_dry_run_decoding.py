@@ -107,7 +107,11 @@ def test_rotate_heads(queries: int, keys: int, size: int, norm: bool, dtype: tor
         heads = floats(rows, queries + 2 * keys, size, dtype=dtype)
         q, k = heads[:, :queries], heads[:, queries : queries + keys]
         cos, sin = (floats(rows, size, dtype=dtype) for _ in range(2))
-        given: dict[str, Any] = {"q_weight": floats(size, dtype=dtype), "k_weight": floats(size, dtype=dtype), "eps": 1e-6}
+        given: dict[str, Any] = {
+            "q_weight": floats(size, dtype=dtype),
+            "k_weight": floats(size, dtype=dtype),
+            "eps": 1e-6,
+        }
         fk.rotate_heads(q, k, cos, sin, **(given if norm else {}))
 
     run_all(call, "rotate_heads_kernel")

@@ -20,6 +20,7 @@ SHARDS = 8
 GPU_TESTS = (
     *("tests/ops/test_gpu_attention.py", "tests/ops/test_shared_prefix_varlen.py", "tests/trainer/test_gpu_update.py"),
     *("tests/ops/test_gpu_ops.py", "tests/ops/test_gpu_head.py", "tests/ops/test_fuzz.py"),
+    "tests/ops/test_gpu_layer_ops.py",
     *("tests/trainer/test_gpu_rollout.py", "tests/ops/test_decode_attention.py", "tests/ops/test_sample_tokens.py"),
 )
 PACKAGES = (

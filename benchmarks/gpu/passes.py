@@ -10,7 +10,15 @@ import torch
 
 from benchmarks.gpu.bench import Bench, Row
 from benchmarks.gpu.limits import measured, mm, sizes
-from fastgrpo_kernels import gae, group_advantages, grpo_loss, token_logprob
+from fastgrpo_kernels import (
+    add_rms_norm,
+    gae,
+    group_advantages,
+    grpo_loss,
+    rotate_heads,
+    swiglu,
+    token_logprob,
+)
 
 MUST_SHARE = 0.85
 """Of the copy bandwidth."""
@@ -117,7 +125,7 @@ def _tile(
 
 
 def small_ops(bench: Bench) -> None:
-    """Times of the ops on vectors; S sequences in groups of 8, N tokens."""
+    """Times of the ops on vectors, S sequences in groups of 8, N tokens; then of a layer's small ops."""
     S, N = (16, 256) if bench.small else (1024, 1 << 20)
     device, params = bench.device, {"S": S, "N": N}
     bounds = torch.arange(0, N + 1, N // S, dtype=torch.int32, device=device)
@@ -137,3 +145,22 @@ def small_ops(bench: Bench) -> None:
     }
     for op, run in runs.items():
         bench.attempt("small_ops", op, "fastgrpo", params, partial(bench.times, [run], rounds=31))
+    _layer_ops(bench)
+
+
+def _layer_ops(bench: Bench) -> None:
+    """Those of a decoding step of Qwen2.5-0.5B, a token a row."""
+    rows, width, (queries, keys, size), inner = 4 if bench.small else 512, 896, (14, 2, 64), 4864
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=bench.device).bfloat16()
+
+    heads = numbers(rows, queries + 2 * keys, size)
+    q, k = heads[:, :queries], heads[:, queries : queries + keys]
+    runs: dict[str, Callable[[], Any]] = {
+        "add_rms_norm": partial(add_rms_norm, numbers(rows, width), numbers(rows, width), numbers(width), eps=1e-6),
+        "rotate_heads": partial(rotate_heads, q, k, numbers(rows, size), numbers(rows, size)),
+        "swiglu": partial(swiglu, *numbers(rows, 2 * inner).chunk(2, -1)),
+    }
+    for op, run in runs.items():
+        bench.attempt("small_ops", op, "fastgrpo", {"N": rows}, partial(bench.times, [run], rounds=31))

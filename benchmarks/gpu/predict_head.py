@@ -143,8 +143,15 @@ def tile(machine: Machine, p: dict[str, Any]) -> Prediction:
     return Prediction({"GEMM": 1e3 * ours}, 1e3 * limit)
 
 
-SMALL_OPS = {"gae": (1, 20), "group_advantages": (1, 16), "grpo_loss": (6, 40)}
-"""Operators that the host runs, times `HOST_OP`; bytes a token."""
+SMALL_OPS = {
+    "gae": (1, 20),
+    "group_advantages": (1, 16),
+    "grpo_loss": (6, 40),
+    "add_rms_norm": (1, 4 * 2 * 896),
+    "rotate_heads": (1, 2 * (2 * 16 + 2) * 64),
+    "swiglu": (1, 3 * 2 * 4864),
+}
+"""Operators that the host runs, times `HOST_OP`; bytes a token, of a layer's ops in bf16 at Qwen2.5-0.5B's sizes."""
 
 
 def small_op(machine: Machine, op: str, p: dict[str, Any]) -> Prediction:

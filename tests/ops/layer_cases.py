@@ -16,6 +16,8 @@ from fastgrpo_kernels.add_rms_norm.reference import add_rms_norm_reference
 from fastgrpo_kernels.rotate_heads.reference import rotate_heads_reference
 from fastgrpo_kernels.swiglu.reference import swiglu_reference
 
+from .fuzz import rms_error
+
 EPS = 1e-6
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -128,3 +130,52 @@ OPS = {
     "rotate_heads with norms": _heads_op(norm=True),
     "swiglu": Op(make_gates, lambda **x: (swiglu(**x),), their_gates, lambda **x: (swiglu_reference(**x),)),
 }
+
+
+def assert_spoils_its_row(op: Op, bad: float, device: str = "cpu") -> None:
+    """A number of row 2 of the first tensor: what depends on it is as in transformers, and other rows are as before."""
+    given = op.make(4, torch.bfloat16, device)
+    clean = op.run(**given)
+    first = next(iter(given))
+    given[first] = given[first].clone()
+    given[first][2].view(-1)[5] = bad
+    out = op.run(**given)
+    for got, want, before in zip(out, op.theirs(**given), clean, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(got[[0, 1, 3]], before[[0, 1, 3]])
+    assert not out[0][2].isfinite().all()
+
+
+def units_apart(got: Tensor, want: Tensor) -> Tensor:
+    """How many numbers of half precision lie between, +1; 0 where both are equal."""
+    ordered = []
+    for x in (got, want):
+        bits = x.contiguous().view(torch.int16).int()
+        ordered.append(torch.where(bits < 0, -(bits & 0x7FFF), bits))
+    return (ordered[0] - ordered[1]).abs()
+
+
+def assert_near_theirs(name: str, got: Tensor, want: Tensor) -> None:
+    """Half precision, kernel against transformers: few elements differ, by two units in the last place at most.
+
+    Another order of sums or another exponential moves the first of two products by one unit; the second makes it two at
+    most. Of rotated heads they are units of the head's largest number, since products are added up.
+    """
+    assert (got.dtype, got.shape) == (want.dtype, want.shape)
+    if name == "rotate_heads":
+        assert torch.equal(got, want)
+        return
+    apart = units_apart(got, want)
+    assert int((apart > 0).sum()) <= max(1, 2e-3 * apart.numel())
+    if name == "rotate_heads with norms":
+        unit = torch.finfo(want.dtype).eps * want.double().abs().amax(-1, keepdim=True)
+        assert ((got.double() - want.double()).abs() <= 2 * unit).all()
+    else:
+        assert (apart <= 2).all()
+
+
+def assert_as_exact(op: Op, given: dict[str, Any], slack: float = 1e-7) -> None:
+    """Errors against float64 are at most 1.5 times those of transformers' own steps."""
+    for got, theirs, want in zip(op.run(**given), op.theirs(**given), op.exact(**given), strict=True):
+        allowed = 1.5 * rms_error([theirs], [want], got.dtype) + slack
+        assert rms_error([got], [want], got.dtype) <= allowed

@@ -1,7 +1,9 @@
-"""The launch code of decoding, `decode_attention` and `sample_tokens`, on fake tensors; see gpu_dry_run.py."""
+"""The launch code of decoding, attention, sampling and a layer's small ops, on fake tensors; see gpu_dry_run.py."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -71,3 +73,51 @@ def test_sample_tokens(V: int, name: str, dtype: torch.dtype) -> None:
             capturing=capturing,
         )
         assert run.names == ["chunk_sums", *["filter_sums"] * filtered, "draw"]
+
+
+ROWS = (1, 3, 512, 1000)
+
+
+def run_all(call: Callable[[int], Any], kernel: str) -> None:
+    for rows, capturing in product(ROWS, (False, True)):
+        assert run_clean(lambda: call(rows), capturing=capturing).names == [kernel]  # noqa: B023
+    assert run_clean(lambda: call(0)).names == []
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("size", [896, 1536, 3584, 4096, 8192, 16_384])
+def test_add_rms_norm(size: int, dtype: torch.dtype) -> None:
+    def call(rows: int, residual: bool) -> None:
+        x, more = floats(rows, size, dtype=dtype), floats(rows, 2 * size, dtype=dtype)[:, :size]
+        fk.add_rms_norm(x, more if residual else None, floats(size, dtype=dtype), eps=1e-6)
+
+    for residual in (False, True):
+        run_all(partial(call, residual=residual), "add_rms_norm_kernel")
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize(
+    ("queries", "keys", "size", "norm"),
+    [(14, 2, 64, False), (12, 2, 128, False), (28, 4, 128, False), (32, 8, 128, False), (16, 8, 128, True)],
+)
+def test_rotate_heads(queries: int, keys: int, size: int, norm: bool, dtype: torch.dtype) -> None:
+    """Slices of one product."""
+
+    def call(rows: int) -> None:
+        heads = floats(rows, queries + 2 * keys, size, dtype=dtype)
+        q, k = heads[:, :queries], heads[:, queries : queries + keys]
+        cos, sin = (floats(rows, size, dtype=dtype) for _ in range(2))
+        given: dict[str, Any] = {
+            "q_weight": floats(size, dtype=dtype),
+            "k_weight": floats(size, dtype=dtype),
+            "eps": 1e-6,
+        }
+        fk.rotate_heads(q, k, cos, sin, **(given if norm else {}))
+
+    run_all(call, "rotate_heads_kernel")
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("size", [3072, 4864, 8960, 14_336, 18_944])
+def test_swiglu(size: int, dtype: torch.dtype) -> None:
+    run_all(lambda rows: fk.swiglu(*floats(rows, 2 * size, dtype=dtype).chunk(2, 1)), "swiglu_kernel")

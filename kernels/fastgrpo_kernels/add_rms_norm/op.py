@@ -19,8 +19,8 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: flo
     Returns `normed` and `sum`, [T, D] of x's dtype, contiguous. sum = x + residual, rounded; x itself without a
     residual. normed = weight * round(sum / sqrt(mean(sum^2) + eps)), the root in fp32 and each product rounded (Zhang &
     Sennrich 2019): on the CPU bitwise what transformers' Llama and Qwen compute, for float64, too, which they normalise
-    in fp32. On a GPU squares are added up in another order, which may move an element of half precision by a unit in
-    the last place. One launch, no wait; NaN spoils its own row. The same inputs give the same bits.
+    in fp32. On a GPU squares are added up in another order, which may move an element of half precision by one or
+    two units in the last place. One launch, no wait; NaN spoils its own row. The same inputs give the same bits.
     Errors: TypeError or ValueError naming the argument.
     """
     check_tensor("x", x, (None, None), "[T, D]")

@@ -18,7 +18,7 @@ def rotate_heads_reference(
     k_weight: Tensor | None = None,
     eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as of `rotate_heads`; in float64. Number i of a head turns with number i + d/2, by the angle of token t."""
+    """Shapes as of `rotate_heads`; in float64. Number i of a head turns with number i + d/2, by the token's angle."""
     rotated = []
     for x, weight in ((q, q_weight), (k, k_weight)):
         x = x.double() if weight is None or eps is None else rms_norm_reference(x, weight, eps)

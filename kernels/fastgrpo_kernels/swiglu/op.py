@@ -17,7 +17,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Returns [T, F] of that dtype, contiguous: silu in fp32 (float64 for float64), rounded, then the product, rounded. On
     the CPU bitwise what transformers' Llama and Qwen compute; a GPU's exponential may move an element of half precision
-    by a unit in the last place. One launch, no wait. NaN passes through. The same inputs give the same bits.
+    by one or two units in the last place. One launch, no wait. NaN passes through. The same inputs give the same bits.
     Errors: TypeError or ValueError naming the argument.
     """
     check_tensor("gate", gate, (None, None), "[T, F]")
@@ -31,6 +31,7 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
         from . import kernel
 
         return kernel.swiglu(gate, up)
+    # Contiguous: PyTorch computes the ends of rows without vectors, whose last bits differ.
     return torch.nn.functional.silu(gate.contiguous()).mul_(up)
 
 

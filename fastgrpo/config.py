@@ -124,6 +124,8 @@ class GRPOConfig(
             raise ConfigError(
                 f"gradient_checkpointing_every={self.gradient_checkpointing_every} needs gradient_checkpointing=true"
             )
+        if self.fused_layers and self.torch_compile:
+            raise ConfigError("fused_layers=true and torch_compile=true: choose one of them")
         self._check_engine()
         if self.num_minibatches > self.num_prompts_per_step:
             raise ConfigError(

@@ -74,6 +74,9 @@ class ModelOptions:
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         gradient_checkpointing_every: With it, only every so many layers are recomputed: 2 = half the layers, at half
             the price. docs/update.md says what it saves.
+        fused_layers: Run norms, rotations, activations and residuals of the update's layers in this project's kernels:
+            fewer of them, and less memory kept for the backward. Default: on a GPU, where the model's layers are as
+            Llama's or Qwen's.
         torch_compile: Compile the decoder layers of the update, which fuses norms, rotations and activations: a minute
             or two at the start. The result is the same to rounding, but no longer bitwise that of a run stopped and
             gone on with.
@@ -92,6 +95,7 @@ class ModelOptions:
     model_revision: str | None = None
     gradient_checkpointing: bool = False
     gradient_checkpointing_every: int = 1
+    fused_layers: bool | None = None
     torch_compile: bool = False
     use_peft: bool = False
     lora_r: int = 16

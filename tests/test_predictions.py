@@ -17,10 +17,10 @@ from benchmarks.gpu.head_cases import SIZES
 from benchmarks.gpu.machine import H200, exp_gemm, gemm
 from benchmarks.gpu.update_cases import SHAPES, make_model
 from benchmarks.small_model import Shape
+from fastgrpo.layers import fuse
 from fastgrpo.policy.attention import Packed, no_mask, register
 from fastgrpo.policy.storage import own_memory
 from fastgrpo.policy.work import describe_work
-from fastgrpo.rollout.loop.check import fuse
 from fastgrpo_kernels import PackedLayout
 from fastgrpo_kernels.head.plan import DEVICE_GRADIENTS, DEVICE_GRADIENTS_FROZEN, DEVICE_LOGITS
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -35,7 +34,6 @@ from benchmarks.gpu.update_cases import (
 )
 from benchmarks.small_model import Shape, make_rollouts
 from fastgrpo import packing
-from fastgrpo.options import ModelOptions
 from fastgrpo.policy.memory import activation_memory
 from fastgrpo.records import Rollout
 from fastgrpo.update import Updater
@@ -243,8 +241,8 @@ def _bodies(bench: Bench, shape: Shape, work: Workload) -> None:
     params = {"model": shape.name, "lengths": work.name, "prompts": work.prompts}
     rates: dict[str, float] = {}
     norm: float | None = None
-    optional = ["torch_compile"] if "torch_compile" in {f.name for f in fields(ModelOptions)} else []
-    for body in ("eager", *optional, "liger") if bench.device.type == "cuda" else ("eager",):
+    on_gpu = bench.device.type == "cuda"
+    for body in ("eager", "fused", "torch_compile", "liger") if on_gpu else ("eager", "fused"):
         with _freed(bench):
             run = partial(_body_step, bench, shape, work, body, norm)
             bench.attempt("body", "step", "liger" if body == "liger" else "fastgrpo", {**params, "body": body}, run)
@@ -259,7 +257,7 @@ def _bodies(bench: Bench, shape: Shape, work: Workload) -> None:
 
 def _body_step(bench: Bench, shape: Shape, work: Workload, body: str, norm: float | None) -> Row:
     """norm: that of the gradient by the eager layers, which this one's must come near."""
-    options: dict[str, Any] = {"max_tokens_per_microbatch": MFU_BUDGET}
+    options: dict[str, Any] = {"max_tokens_per_microbatch": MFU_BUDGET, "fused_layers": body == "fused"}
     if body == "torch_compile":
         options[body] = True
     updater = make_updater(bench, shape, work, **options)

@@ -187,6 +187,15 @@ def _softcapped(
     return F.dropout(weights, dropout) @ v
 
 
+def attend(packed: Packed) -> Any:
+    """The attention of a packed forward, as layers call it: module, query, key, value and options -> [1, T, Hq, d]."""
+
+    def attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        return _attention_forward(module, query, key, value, None, packed=packed, **options)[0]
+
+    return attention
+
+
 def _attention_forward(
     module: torch.nn.Module,
     query: Tensor,

@@ -14,6 +14,7 @@ from fastgrpo.config import GRPOConfig
 from fastgrpo.importing import import_object
 from fastgrpo.policy.attention import register
 from fastgrpo.policy.compilation import compile_layers
+from fastgrpo.policy.fusion import fuse_layers
 from fastgrpo.policy.policy import Policy
 from fastgrpo.policy.storage import own_memory
 from fastgrpo.policy.work import decoder_of
@@ -59,6 +60,12 @@ def load_policy(model: Any, processing_class: Any, config: GRPOConfig, peft_conf
     policy = Policy(model.eval(), tokenizer)
     if config.torch_compile:
         compile_layers(policy.causal_lm)
+    elif config.fused_layers or (config.fused_layers is None and device.type == "cuda"):
+        reason = fuse_layers(policy.model)
+        if reason is not None and config.fused_layers:
+            raise ValueError(f"fused_layers=true: {type(policy.causal_lm).__name__} has others: {reason}")
+        if reason is not None:
+            logger.info("layers run as transformers has them: %s", reason)
     policy.self_check(share_prompts=config.share_prompts, longest=_longest(config))
     return policy
 

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from policy_cases import GROUPS, OTHERS, assert_same, make_batch, two_policies
 from torch._dynamo.utils import counters
 
-from fastgrpo.packing import pack
 from fastgrpo.policy import Policy, Reference
 from fastgrpo.policy.attention import Packed, register
 from fastgrpo.policy.compilation import compile_layers
-from fastgrpo.records import PackedBatch, Prompt, Rollout
-
-_SMALL = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.1,
-}
-_GROUPS = [(5, [4, 1, 7, 3]), (1, [6, 2]), (8, [5]), (3, [2, 2, 9])]
-# Other lengths, numbers of prompts and of completions, of tokens; a lone completion, lengths of 1.
-_OTHERS = [[(5, [4])], [(1, [1, 1]), (1, [1])], [(30, [9] * 6)], [(4, [2, 40]), (60, [1])], [(3, [3])] * 9]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,54 +23,11 @@ def _nothing_compiled_before() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def _policies(family: str, backend: str = "aot_eager", *, lora: bool = False, tied: bool = False) -> list[Policy]:
+def _policies(family: str, backend: str = "aot_eager", **options: Any) -> list[Policy]:
     """The same model twice: eager, and compiled."""
-    config = getattr(transformers, f"{family}Config")(**_SMALL, tie_word_embeddings=tied)
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    model.set_attn_implementation(register())
-    if lora:
-        from peft import LoraConfig, get_peft_model
-
-        adapters = {"target_modules": ["q_proj"], "init_lora_weights": False, "r": 2}
-        model = get_peft_model(model, LoraConfig(**adapters)).eval()
-    policies = [Policy(model, None), Policy(copy.deepcopy(model), None)]
+    policies = two_policies(family, **options)
     compile_layers(policies[1].causal_lm, backend)
     return policies
-
-
-def _batch(groups: list[tuple[int, list[int]]] = _GROUPS, *, share: bool = True) -> PackedBatch:
-    generator = torch.Generator().manual_seed(7)
-    rollouts = []
-    for g, (length, lengths) in enumerate(groups):
-        prompt = Prompt(g, "", torch.randint(3, 61, (length,), generator=generator).tolist())
-        for c in lengths:
-            ids = torch.randint(3, 61, (c,), generator=generator).tolist()
-            rollouts.append(Rollout(prompt, g, ids, torch.zeros(c), finished=True, reward=1.0))
-    [batch] = pack(rollouts, max_tokens=10_000, share=share)
-    return batch
-
-
-def _gradients(policy: Policy, batch: PackedBatch) -> tuple[Tensor, list[Tensor]]:
-    """Logits of the scored tokens, and the gradients of a loss that weighs each of them otherwise."""
-    policy.model.zero_grad(set_to_none=True)
-    with policy.mode(training=True):
-        logits = policy.head.logits(policy.hidden(batch))
-        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
-        (logits * weights).sum().backward()
-    return logits.detach(), [p.grad for _, p in policy.trainable() if p.grad is not None]
-
-
-def _assert_same(policies: list[Policy], batch: PackedBatch, tolerance: float = 1e-6) -> None:
-    (logits, gradients), (other_logits, others) = (_gradients(policy, batch) for policy in policies)
-    assert (other_logits - logits).abs().max() <= tolerance * logits.abs().max()
-    largest = max(g.abs().max() for g in gradients)
-    assert len(gradients) == len(policies[0].trainable())
-    for a, b in zip(gradients, others, strict=True):
-        assert (a - b).abs().max() <= tolerance * largest
-    (logprob, entropy), (other, other_entropy) = (policy.logprobs(batch, 0.9) for policy in policies)
-    assert (other - logprob).abs().max() <= tolerance * logprob.abs().max()
-    assert (other_entropy - entropy).abs().max() <= tolerance * entropy.abs().max()
 
 
 def _compiled_graphs() -> int:
@@ -104,37 +40,37 @@ def test_numbers_are_the_eager_ones_and_one_compilation_serves_all_batches(famil
     before = _compiled_graphs()
     policies[1].self_check()
     assert policies[1].shares
-    _assert_same(policies, _batch())
+    assert_same(policies, make_batch())
     # Around attention, whatever the number of layers: with gradients, without, and one of them anew for the self-check,
     # which also runs in training mode without gradients.
     assert _compiled_graphs() - before == 2 * 4 + 1
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for groups in [_GROUPS, *_OTHERS]:
+        for groups in [GROUPS, *OTHERS]:
             for share in (True, False):
-                _assert_same(policies, _batch(groups, share=share))
+                assert_same(policies, make_batch(groups, share=share))
     assert _compiled_graphs() - before == 2 * 4 + 1
 
 
 def test_inductor_gives_the_eager_numbers() -> None:
     policies = _policies("Qwen3", "inductor")
-    _assert_same(policies, _batch())
+    assert_same(policies, make_batch())
     with torch._dynamo.config.patch(error_on_recompile=True):
-        _assert_same(policies, _batch(_OTHERS[3]))
+        assert_same(policies, make_batch(OTHERS[3]))
 
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_gradient_checkpointing_stays_around_what_is_compiled(every: int) -> None:
-    policies, batch = _policies("Qwen3"), _batch()
-    _assert_same(policies, batch)
+    policies, batch = _policies("Qwen3"), make_batch()
+    assert_same(policies, batch)
     for policy in policies:
         policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         for i, layer in enumerate(policy.causal_lm.model.layers):
             layer.gradient_checkpointing = i % every == 0
-    _assert_same(
+    assert_same(
         policies, batch
     )  # transformers' hook on the embedding asks for its gradients, also where there are none
     with torch._dynamo.config.patch(error_on_recompile=True):
-        _assert_same(policies, batch)
+        assert_same(policies, batch)
         for policy in policies:
             packed = Packed(batch.layout)
             packed.windows = []
@@ -144,10 +80,10 @@ def test_gradient_checkpointing_stays_around_what_is_compiled(every: int) -> Non
 
 
 def test_adapters_train_and_switch_off() -> None:
-    policies, batch = _policies("Qwen3", lora=True), _batch()
+    policies, batch = _policies("Qwen3", lora=True), make_batch()
     on = policies[0].logprobs(batch, 1.0)[0]
     for _ in range(2):
-        _assert_same(policies, batch)
+        assert_same(policies, batch)
         off = [Reference(policy).logprobs(batch, 1.0)[0] for policy in policies]
         assert (off[0] - off[1]).abs().max() <= 1e-6 * off[0].abs().max()
         assert not torch.allclose(off[0], on)
@@ -180,11 +116,11 @@ def test_weights_save_under_their_names_load_back_and_keep_their_ties(tmp_path: 
     with torch.no_grad():
         for model in (eager, compiled):
             model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
-    _assert_same(policies, _batch())  # the weights as they stand, not as they were compiled
+    assert_same(policies, make_batch())  # the weights as they stand, not as they were compiled
 
 
 def test_a_copy_is_compiled_on_weights_of_its_own() -> None:
-    policies, batch = _policies("Llama"), _batch()
+    policies, batch = _policies("Llama"), make_batch()
     references = [Reference(policy) for policy in policies]
     with torch.no_grad():
         for policy in policies:
@@ -197,7 +133,7 @@ def test_a_copy_is_compiled_on_weights_of_its_own() -> None:
     first, second = (reference.logprobs(batch, 1.0)[0] for reference in references)
     assert (first - second).abs().max() <= 1e-6 * first.abs().max()
     assert not torch.allclose(second, policies[1].logprobs(batch, 1.0)[0])
-    _assert_same(policies, batch)
+    assert_same(policies, batch)
 
 
 def test_a_model_without_layers_to_compile_is_refused() -> None:

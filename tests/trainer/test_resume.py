@@ -29,10 +29,12 @@ class TestResume:
             {"algorithm": "ppo", "dtype": "bfloat16", "sync_ref_model": True, "ref_model_sync_steps": 1},
             {"algorithm": "ppo", "use_peft": True, "lora_r": 2, "lora_dropout": 0.2, "num_generations": 1},
             {"algorithm": "reinforce_pp", "num_minibatches": 2, "save_steps": 3},
+            {"algorithm": "ppo", "fused_layers": True, "beta": 0.05, "num_iterations": 2},
         ],
         ids=[
             *("plain", "pending-rollouts", "moving-reference", "lora-dropout", "bf16", "dynamic"),
             *("ppo-pending-rollouts", "ppo-bf16-moving-reference", "ppo-lora-dropout", "reinforce_pp-pending-rollouts"),
+            "fused-layers",
         ],
     )
     def test_a_run_in_two_parts_is_bitwise_the_run_in_one(

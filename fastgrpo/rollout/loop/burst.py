@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgrpo.layers import Body
 from fastgrpo.records import Sampling
-from fastgrpo.rollout.loop.body import Body
 from fastgrpo.rollout.loop.cache import Group, Row
 from fastgrpo.rollout.loop.decoder import Decoder, Ended
 from fastgrpo.rollout.loop.sampling import sample

@@ -1,5 +1,4 @@
-"""Can this model be decoded over our own keys and values, and in few kernels? Asked once, by comparing with its own
-forward."""
+"""Can this model be decoded over our own keys and values? Asked once, by comparing logits with its own forward."""
 
 from __future__ import annotations
 
@@ -8,16 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.rollout.loop.body import Body, FusedBody, StockBody
+from fastgrpo.layers import Body, StockBody
 from fastgrpo.rollout.loop.cache import Group, Row, SlabCache, causal
 from fastgrpo.rollout.loop.decoder import Cache, forward
 from fastgrpo.rollout.loop.slabs import KeyShape
 
 # Largest difference of the logits, relative to the largest one; the model's own attention takes its softmax in fp32.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# The same of every layer's queries, keys and values: where these are computed alike, they are nearly the same bits.
-_ALIKE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_POSITIONS = (0, 3, 11, 29)
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -35,29 +31,6 @@ def why_not(model: Any) -> tuple[KeyShape | None, str | None]:
     return (shape, None) if reason is None else (None, reason)
 
 
-@torch.no_grad()
-def fuse(model: Any) -> tuple[FusedBody | None, str | None]:
-    """The model's forward in few kernels, or why its layers are not such. The model is in eval mode."""
-    theirs, mine = _Probe(), _Probe()
-    try:
-        ids = _tokens(model, len(_POSITIONS))
-        positions = torch.tensor(_POSITIONS, device=ids.device)
-        theirs.seen.append(StockBody(model)(theirs, ids, positions))
-        body = FusedBody(model, theirs.options)
-        mine.seen.append(body(mine, ids, positions))
-        differences = [_relative(a, b) for a, b in zip(mine.seen, theirs.seen, strict=True)]
-    except Exception as error:  # a layer of another make may fail anywhere; the stock body runs it
-        return None, f"{type(error).__name__}: {error}"
-    worst = max(differences)
-    if not worst <= _ALIKE.get(theirs.seen[0].dtype, 0.05) or any(d != d for d in differences):
-        return None, f"its layers compute something else than fused ones, by {worst:.1e} of its size"
-    return body, None
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
-
-
 class _Probe:
     """Stands in for attention once and writes down what every layer brings."""
 
@@ -66,8 +39,6 @@ class _Probe:
         self.layers: list[int] = []
         self.windows = 0
         self.dtypes: set[torch.dtype] = set()
-        self.options: list[dict[str, Any]] = []
-        self.seen: list[Tensor] = []
 
     def __call__(
         self,
@@ -84,8 +55,6 @@ class _Probe:
         self.shapes += [(key.shape[1], key.shape[3]), (value.shape[1], value.shape[3])]
         self.dtypes |= {key.dtype, value.dtype}
         self.windows += sliding_window is not None
-        self.options.append({"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap})
-        self.seen += [query, key, value]
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return causal(q, k, v, scale, sliding_window, softcap)

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastgrpo.layers import Body
 from fastgrpo.records import Sampling
-from fastgrpo.rollout.loop.body import Body
 from fastgrpo.rollout.loop.cache import Group, Row
 from fastgrpo.rollout.loop.sampling import sample, uniforms
 from fastgrpo.rollout.stopping import Stopping

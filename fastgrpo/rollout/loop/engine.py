@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from fastgrpo.errors import RunError
+from fastgrpo.layers import Body, StockBody, fuse
 from fastgrpo.records import Prompt, Rollout, Sampling
-from fastgrpo.rollout.loop.body import Body, StockBody
 from fastgrpo.rollout.loop.burst import Plan, Session, SlotDecoder
 from fastgrpo.rollout.loop.cache import Row, SlabCache
-from fastgrpo.rollout.loop.check import compare, fuse, why_not
+from fastgrpo.rollout.loop.check import compare, why_not
 from fastgrpo.rollout.loop.decoder import Decoder, Ended
 from fastgrpo.rollout.loop.plain import PlainRow, decode_plainly
 from fastgrpo.rollout.loop.slabs import KeyShape

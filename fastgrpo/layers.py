@@ -1,9 +1,9 @@
-"""A decoder's forward in few kernels, for layers as Llama, Mistral and Qwen have them.
+"""A decoder's layers in few kernels, as Llama, Mistral and Qwen have them: for rollouts and for the update.
 
-transformers runs a layer of Qwen2 as 7 products and 30 small kernels; in a step that decodes, those take longer than
-the products. Here it is 4 products and 4 kernels around attention: projections of one input are one product where
-their weights lie side by side, residual and norm are one kernel, so are the rotations of queries and keys with their
-norms, and SwiGLU. All round where transformers rounds, so that samples follow the policy that is trained. No gradients.
+transformers runs a layer of Qwen2 as 7 products and 30 small kernels, and 59 backwards. Here residual and norm are one
+kernel, so are the rotations of queries and keys with their norms, and SwiGLU; without gradients, projections of one
+input are one product where their weights lie side by side. All round where transformers rounds, so that samples follow
+the policy that is trained.
 
 Which layers these are is asked, not listed: every layer's queries, keys and values and the logits are compared with the
 model's own. What differs, as norms on both sides or other rotations do, runs as it always did. Not done here: adapters
@@ -20,6 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgrpo_kernels import add_rms_norm, rotate_heads, swiglu
+
+# Largest difference from the model's own numbers, by norm: computed alike, they are nearly the same bits.
+_ALIKE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_POSITIONS = (0, 3, 11, 29)
 
 
 class Body(Protocol):
@@ -58,7 +62,48 @@ class StockBody:
 
 
 class UnknownLayerError(ValueError):
-    """A layer that is not computed as `FusedBody` would; one line that says how."""
+    """A layer that is not computed as a `FusedLayer` would; one line that says how."""
+
+
+class Attention:
+    """Stands in for attention and writes down what every layer brings: options, and queries, keys and values."""
+
+    def __init__(self) -> None:
+        self.options: list[dict[str, Any]] = []
+        self.seen: list[Tensor] = []
+
+    def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        self.options.append(options)
+        self.seen += [query, key, value]
+        grouped = query.shape[1] > key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+
+@torch.no_grad()
+def fuse(model: Any, *, joined: bool = True) -> tuple[FusedBody | None, str | None]:
+    """The forward of a causal or PEFT model in few kernels, or why its layers are not such. It is in eval mode.
+
+    joined: projections of one input are one product, whose weights get no gradients.
+    """
+    theirs, mine = Attention(), Attention()
+    try:
+        device = next(model.parameters()).device
+        positions = torch.tensor(_POSITIONS, device=device)
+        ids = (positions + 1) * 7919 % model.get_input_embeddings().weight.shape[0]
+        theirs.seen.append(StockBody(model)(theirs, ids, positions))
+        body = FusedBody(model, theirs.options, joined)
+        mine.seen.append(body(mine, ids, positions))
+        differences = [_difference(a, b) for a, b in zip(mine.seen, theirs.seen, strict=True)]
+    except Exception as error:  # a layer of another make may fail anywhere; the stock body runs it
+        return None, f"{type(error).__name__}: {error}"
+    worst = max(differences)
+    if not worst <= _ALIKE.get(theirs.seen[0].dtype, 0.05) or any(d != d for d in differences):
+        return None, f"its layers compute something else than fused ones, by {worst:.1e} of its size"
+    return body, None
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
 
 
 class FusedBody:
@@ -68,14 +113,16 @@ class FusedBody:
     Raises UnknownLayerError for another kind of model, where that shows; only comparing tells that it is of this one.
     """
 
-    def __init__(self, model: Any, options: list[dict[str, Any]]) -> None:
+    def __init__(self, model: Any, options: list[dict[str, Any]], joined: bool = True) -> None:
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         decoder = causal_lm.get_decoder()
         try:
             _only(decoder, {"embed_tokens", "layers", "norm"})
             self.embed, self.rotary = decoder.embed_tokens, decoder.rotary_emb
             self.norm, self.head = _norm(decoder.norm), causal_lm.lm_head
-            self.layers = [_Layer.of(layer, told) for layer, told in zip(decoder.layers, options, strict=True)]
+            self.layers = [
+                FusedLayer.of(layer, told, joined) for layer, told in zip(decoder.layers, options, strict=True)
+            ]
         except AttributeError as error:
             raise UnknownLayerError(f"{type(causal_lm).__name__}: {error}") from error
 
@@ -114,23 +161,26 @@ def _norm(module: Any) -> _Norm:
 
 
 class _Products:
-    """Linear maps of one input; one product while their weights lie side by side."""
+    """Linear maps of one input; if `joined`, one product while their weights lie side by side, without gradients."""
 
-    def __init__(self, linears: list[Any]) -> None:
+    def __init__(self, linears: list[Any], joined: bool) -> None:
         self.linears = linears
-        self.plain = all(type(x) is nn.Linear and not _hooked(x) for x in linears)
+        self.joined = joined and all(type(x) is nn.Linear and not _hooked(x) for x in linears)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        weight, bias = None, None
-        if self.plain:
-            weight = _joined([linear.weight for linear in self.linears])
-            biases = [linear.bias for linear in self.linears if linear.bias is not None]
-            bias = _joined(biases) if biases else None
-            if len(biases) not in (0, len(self.linears)) or (biases and bias is None):
-                weight = None
+        weight, bias = self._weight() if self.joined else (None, None)
         if weight is None:
             return tuple(linear(x) for linear in self.linears)
         return F.linear(x, weight, bias).split([linear.out_features for linear in self.linears], -1)
+
+    def _weight(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias, views; no weight where they are not to be had."""
+        weights = [linear.weight for linear in self.linears]
+        biases = [linear.bias for linear in self.linears if linear.bias is not None]
+        bias = _joined(biases) if biases else None
+        if biases and (bias is None or len(biases) < len(weights)):
+            return None, None
+        return _joined(weights), bias
 
 
 def _joined(tensors: list[Tensor]) -> Tensor | None:
@@ -147,7 +197,7 @@ def _joined(tensors: list[Tensor]) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class FusedLayer:
     """attention: the module that `options` are told with; heads: norms of queries and keys, if there are any."""
 
     attention: Any
@@ -161,7 +211,7 @@ class _Layer:
     mlp: Any
 
     @classmethod
-    def of(cls, layer: Any, options: dict[str, Any]) -> _Layer:
+    def of(cls, layer: Any, options: dict[str, Any], joined: bool) -> FusedLayer:
         attention = layer.self_attn
         _only(layer, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
         _only(attention, {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"})
@@ -173,12 +223,12 @@ class _Layer:
             attention,
             options,
             _norm(layer.input_layernorm),
-            _Products([attention.q_proj, attention.k_proj, attention.v_proj]),
+            _Products([attention.q_proj, attention.k_proj, attention.v_proj], joined),
             attention.head_dim,
             (norms[0], norms[1]) if norms else None,
             attention.o_proj,
             _norm(layer.post_attention_layernorm),
-            _GatedMLP.of(layer.mlp) or (lambda x: layer.mlp(x[None])[0]),
+            _GatedMLP.of(layer.mlp, joined) or _Whole(layer.mlp),
         )
 
     def __call__(
@@ -206,17 +256,27 @@ class _GatedMLP:
     down: Any
 
     @classmethod
-    def of(cls, mlp: Any) -> _GatedMLP | None:
+    def of(cls, mlp: Any, joined: bool) -> _GatedMLP | None:
         """None for any other kind, which runs as it is: experts, hooks."""
         parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         activation = getattr(mlp, "act_fn", None)
         if None in parts or _hooked(mlp) or type(activation).__name__ not in ("SiLU", "SiLUActivation"):
             return None
-        return cls(_Products(parts[:2]), parts[2])
+        return cls(_Products(parts[:2], joined), parts[2])
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.project(x)
         return self.down(swiglu(gate, up))
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """An MLP of another kind."""
+
+    module: Any
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x[None])[0]
 
 
 def _only(module: Any, known: set[str]) -> None:

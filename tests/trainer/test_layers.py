@@ -15,12 +15,11 @@ import transformers as tf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgrpo.layers import Attention, StockBody, fuse
 from fastgrpo.policy.attention import register
 from fastgrpo.policy.storage import own_memory
 from fastgrpo.records import Prompt, Sampling
 from fastgrpo.rollout.loop import LoopEngine
-from fastgrpo.rollout.loop.body import StockBody
-from fastgrpo.rollout.loop.check import _Probe, fuse
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 90,
@@ -75,7 +74,7 @@ def _run(body: Any) -> list[Tensor]:
     found = []
     with torch.no_grad():
         for keep in (0, torch.tensor([8, 2])):
-            probe = _Probe()
+            probe = Attention()
             found += [body(probe, ids, positions, keep), *probe.seen]
     return found
 

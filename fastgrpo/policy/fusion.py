@@ -55,8 +55,8 @@ def _fused_class(eager: type[Any]) -> type[Any]:
         if packed is None:
             return eager.forward(self, hidden_states, *args, **kwargs)
         layer: FusedLayer = self._fused
-        cos, sin = (table[0] for table in kwargs["position_embeddings"])
-        x, residual = layer(hidden_states[0], None, cos, sin, attend(packed))
+        cos, sin = (table.squeeze(0) for table in kwargs["position_embeddings"])
+        x, residual = layer(hidden_states.squeeze(0), None, cos, sin, attend(packed))
         return (residual + x).unsqueeze(0)
 
     members = {"forward": forward, "_eager_class": eager, "__module__": eager.__module__, "__doc__": eager.__doc__}

@@ -163,6 +163,16 @@ def test_layers_whose_gradients_differ_stay_as_they_are(monkeypatch: pytest.Monk
     assert_same(policies, batch, 0.0)
 
 
+def test_kernels_that_fail_backwards_leave_layers_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> float:
+        raise RuntimeError("no kernel image")
+
+    policies, batch = two_policies("Qwen3"), make_batch()
+    monkeypatch.setattr(fusion, "_gradients_differ", fail)
+    assert fuse_layers(policies[1].model) == "RuntimeError: no kernel image"
+    assert_same(policies, batch, 0.0)
+
+
 class TestOption:
     def test_as_asked_for(self, tiny_model_dir: Path) -> None:
         fused, stock, default = (

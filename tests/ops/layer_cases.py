@@ -38,10 +38,9 @@ def numbers(seed: int, *shape: int, dtype: torch.dtype, device: str = "cpu", sca
 
 
 def angles(rows: int, size: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """cos, sin [T, d] of positions up to 30000, as transformers' rotary embeddings give them."""
+    """cos, sin [T, d] of positions up to 30000, of d frequencies: nothing says that both halves have the same."""
     position = torch.randint(30_000, (rows,), generator=torch.Generator().manual_seed(7)).double()
-    frequency = 1e6 ** (-torch.arange(0, size, 2).double() / size)
-    angle = torch.cat([position[:, None] * frequency] * 2, 1)
+    angle = position[:, None] * 1e6 ** (-torch.arange(size).double() / size)
     return angle.cos().to(dtype).to(device), angle.sin().to(dtype).to(device)
 
 

@@ -158,6 +158,14 @@ def test_rows_past_two_to_the_31_elements(tmp_path: Path, name: str) -> None:
         assert torch.equal(got, want)
 
 
+def test_heads_past_two_to_the_31_elements(tmp_path: Path) -> None:
+    """Heads before rows: it is heads that lie far apart."""
+    given = make_heads(2, torch.bfloat16, heads=(3, 3))
+    far = {n: far_apart(tmp_path / n, given[n].transpose(0, 1)).transpose(0, 1) for n in "qk"}
+    for got, want in zip(rotate_heads(**given | far), rotate_heads(**given), strict=True):
+        assert torch.equal(got, want)
+
+
 @ALL
 def test_no_rows_and_float64_launch_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Refuse:

@@ -42,7 +42,7 @@ def _rotate(
     HALF: tl.constexpr = SIZE // 2
     o = tl.arange(0, WIDTH)
     inside = (i_head < HEADS)[:, None] & (o < HALF)[None, :]
-    o_x = i_head[:, None] * stride + o[None, :]
+    o_x = i_head.to(tl.int64)[:, None] * stride + o[None, :]
     x = tl.load(p_x + o_x, mask=inside, other=0.0).to(tl.float32)
     x_2 = tl.load(p_x + o_x + HALF, mask=inside, other=0.0).to(tl.float32)
     if p_weight is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -178,3 +179,14 @@ def assert_as_exact(op: Op, given: dict[str, Any], slack: float = 1e-7) -> None:
     for got, theirs, want in zip(op.run(**given), op.theirs(**given), op.exact(**given), strict=True):
         allowed = 1.5 * rms_error([theirs], [want], got.dtype) + slack
         assert rms_error([got], [want], got.dtype) <= allowed
+
+
+def assert_extreme_gates(dtype: torch.dtype, device: str = "cpu") -> None:
+    """Where the exponential is 0, infinite, or nearly so."""
+    gate = torch.tensor([0, -0.0, 1e-7, 20, -20, 80, -80, 88.5, -88.5, -104, 3e4, -3e4, math.inf, -math.inf, math.nan])
+    gate = gate.to(dtype).to(device)[None]
+    up = torch.full_like(gate, 0.75)
+    want = their_gates(gate, up)[0]
+    torch.testing.assert_close(
+        swiglu(gate, up), want, rtol=1e-4 if dtype == torch.float32 else 2**-7, atol=1e-35, equal_nan=True
+    )

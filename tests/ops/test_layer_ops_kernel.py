@@ -20,13 +20,13 @@ from .layer_cases import (
     EPS,
     OPS,
     assert_as_exact,
+    assert_extreme_gates,
     assert_near_theirs,
     assert_spoils_its_row,
     make_gates,
     make_heads,
     make_norm,
     numbers,
-    their_gates,
     their_norm,
 )
 
@@ -82,14 +82,7 @@ def test_many_rows(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_gates(dtype: torch.dtype) -> None:
-    """Where the exponential is 0, infinite, or nearly so."""
-    gate = torch.tensor(
-        [0.0, -0.0, 1e-7, 20, -20, 87, -87, 88.5, -88.5, -104, 3e4, -3e4, math.inf, -math.inf, math.nan]
-    )
-    gate = gate.to(dtype)[None]
-    up = torch.full_like(gate, 0.75)
-    rtol = 1e-5 if dtype == torch.float32 else 0.0
-    torch.testing.assert_close(swiglu(gate, up), their_gates(gate, up)[0], rtol=rtol, atol=0, equal_nan=True)
+    assert_extreme_gates(dtype)
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-5, 1e3])

@@ -231,7 +231,8 @@ def _joined(tensors: list[Tensor]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """attention: the module that `options` are told with; heads: norms of queries and keys, if there are any."""
+    """attention: the module that `options` are told with; heads: norms of queries and keys, if there are any;
+    rotates: are they rotated?"""
 
     attention: Any
     options: dict[str, Any]
@@ -239,6 +240,7 @@ class FusedLayer:
     project: _Products
     size: int
     heads: tuple[_Norm, _Norm] | None
+    rotates: bool
     output: Any
     after: _Norm
     mlp: Any
@@ -250,8 +252,9 @@ class FusedLayer:
         _only(attention, {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"})
         names = ("q_norm", "k_norm")
         norms = [_norm(getattr(attention, name)) for name in names if getattr(attention, name, None) is not None]
-        if len(norms) == 1 or len({norm.eps for norm in norms}) > 1:
-            raise UnknownLayerError("its queries and keys are normalised unlike each other")
+        rotates = bool(getattr(attention, "use_rope", True))
+        if len(norms) == 1 or len({norm.eps for norm in norms}) > 1 or (norms and not rotates):
+            raise UnknownLayerError("its queries and keys are normalised otherwise")
         return cls(
             attention,
             options,
@@ -259,6 +262,7 @@ class FusedLayer:
             _Products([attention.q_proj, attention.k_proj, attention.v_proj], joined),
             attention.head_dim,
             (norms[0], norms[1]) if norms else None,
+            rotates,
             attention.o_proj,
             _norm(layer.post_attention_layernorm),
             _GatedMLP.of(layer.mlp, joined) or _Whole(layer.mlp),
@@ -270,11 +274,11 @@ class FusedLayer:
         """What this layer adds to the residual stream, and the stream: both [T, D], from those of the layer before."""
         x, residual = self.before(x, residual)
         q, k, v = (part.unflatten(-1, (-1, self.size)) for part in self.project(x))
-        if self.heads is None:
-            q, k = rotate_heads(q, k, cos, sin)
-        else:
+        if self.heads is not None:
             weights = {"q_weight": self.heads[0].module.weight, "k_weight": self.heads[1].module.weight}
             q, k = rotate_heads(q, k, cos, sin, **weights, eps=self.heads[0].eps)
+        elif self.rotates:
+            q, k = rotate_heads(q, k, cos, sin)
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
         attended = step(self.attention, q, k, v, **self.options)
         x = self.output(attended.flatten(2).squeeze(0))  # attended[0] would cost a copy back

@@ -22,6 +22,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": 90},
     "Qwen2": {},
     "Qwen3": {"head_dim": 16},
+    "SmolLM3": {"no_rope_layers": [1, 0, 1]},
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
 }
 

@@ -5,24 +5,27 @@ kernel, so are the rotations of queries and keys with their norms, and SwiGLU; w
 input are one product where their weights lie side by side. All round where transformers rounds, so that samples follow
 the policy that is trained.
 
-Which layers these are is asked, not listed: every layer's queries, keys and values and the logits are compared with the
-model's own. What differs, as norms on both sides or other rotations do, runs as it always did. Not done here: adapters
-in one product with what they adapt; rotations of a part of a head.
+Which layers these are is asked, not listed: every layer's queries, keys and values, what it adds, and the logits are
+compared with the model's own. What differs, as norms on both sides or other rotations do, runs as it always did. Not
+done here: adapters in one product with what they adapt; rotations of a part of a head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
+from fastgrpo.products import Products, hooked
 from fastgrpo_kernels import add_rms_norm, rotate_heads, swiglu
 
-# Largest difference from the model's own numbers, by norm: computed alike, they are nearly the same bits.
+# Largest difference from a layer's own numbers, by norm: computed alike, they are nearly the same bits.
 _ALIKE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _POSITIONS = (0, 3, 11, 29)
 
@@ -86,15 +89,15 @@ def fuse(model: Any, *, joined: bool = True) -> tuple[FusedBody | None, str | No
 
     joined: projections of one input are one product, whose weights get no gradients.
     """
-    theirs, mine = Attention(), Attention()
+    theirs = Attention()
     try:
         device = next(model.parameters()).device
         positions = torch.tensor(_POSITIONS, device=device)
         ids = (positions + 1) * 7919 % model.get_input_embeddings().weight.shape[0]
-        theirs.seen.append(StockBody(model)(theirs, ids, positions))
+        with _streams(model) as streams:
+            logits = StockBody(model)(theirs, ids, positions)
         body = FusedBody(model, theirs.options, joined)
-        mine.seen.append(body(mine, ids, positions))
-        differences = [_difference(a, b) for a, b in zip(mine.seen, theirs.seen, strict=True)]
+        differences = _differences(body, ids, positions, streams, theirs.seen, logits)
     except Exception as error:  # a layer of another make may fail anywhere; the stock body runs it
         return None, f"{type(error).__name__}: {error}"
     worst = max(differences)
@@ -103,8 +106,50 @@ def fuse(model: Any, *, joined: bool = True) -> tuple[FusedBody | None, str | No
     return body, None
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+@contextmanager
+def _streams(model: Any) -> Iterator[list[Tensor]]:
+    """What comes into every layer and into the last norm, [T, D], of a forward in here."""
+    decoder, found = causal_lm_of(model).get_decoder(), list[Tensor]()
+    modules = (*decoder.layers, decoder.norm)
+    hooks = [m.register_forward_pre_hook(lambda _, given: found.append(given[0].squeeze(0))) for m in modules]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _differences(
+    body: FusedBody, ids: Tensor, positions: Tensor, streams: list[Tensor], attended: list[Tensor], logits: Tensor
+) -> list[float]:
+    """Of every layer from its own numbers, each from the model's own input.
+
+    From layer to layer roundings would grow, in a deep model beyond what tells one kind of layer from another.
+    """
+    mine = Attention()
+    found = [_difference(body.embed(ids), streams[0])]
+    rotations = body.rotations(streams[0], positions)
+    for layer, (x, after) in zip(body.layers, pairwise(streams), strict=True):
+        added, stream = layer(x, None, *rotations, mine)
+        # A token near the border between two experts may go to the other one, by rounding.
+        found.append(_difference(stream + added, after, x, most=isinstance(layer.mlp, _Whole)))
+    found += [_difference(a, b) for a, b in zip(mine.seen, attended, strict=True)]
+    return [*found, _difference(body.logits(streams[-1], None), logits)]
+
+
+def _difference(a: Tensor, b: Tensor, before: Tensor | None = None, *, most: bool = False) -> float:
+    """Of a from b, over b; or over what b adds to `before`, less what rounding takes. most: of half the tokens."""
+    distance, size = a.double() - b.double(), b.double()
+    added = size if before is None else size - before.double()
+    distance, size, added = (x.norm(dim=-1) if most else x.norm() for x in (distance, size, added))
+    if before is not None:
+        distance = (distance - torch.finfo(a.dtype).eps * size).clamp(min=0)
+    return (distance / added.clamp(min=1e-30)).median().item()
+
+
+def causal_lm_of(model: Any) -> Any:
+    """The causal model in a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class FusedBody:
@@ -115,30 +160,41 @@ class FusedBody:
     """
 
     def __init__(self, model: Any, options: list[dict[str, Any]], joined: bool = True) -> None:
-        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-        decoder = causal_lm.get_decoder()
+        self.causal_lm = causal_lm_of(model)
+        self.decoder = self.causal_lm.get_decoder()
         try:
-            _only(decoder, {"embed_tokens", "layers", "norm"})
-            self.embed, self.rotary = decoder.embed_tokens, decoder.rotary_emb
-            self.norm, self.head = _norm(decoder.norm), causal_lm.lm_head
-            self.layers = [
-                FusedLayer.of(layer, told, joined) for layer, told in zip(decoder.layers, options, strict=True)
-            ]
+            if hooked(self.causal_lm):
+                raise UnknownLayerError(f"{type(self.causal_lm).__name__} has hooks")
+            _only(self.decoder, {"embed_tokens", "layers", "norm"})
+            self.norm = _norm(self.decoder.norm)
+            self.layers = [FusedLayer.of(*of, joined) for of in zip(self.decoder.layers, options, strict=True)]
         except AttributeError as error:
-            raise UnknownLayerError(f"{type(causal_lm).__name__}: {error}") from error
+            raise UnknownLayerError(f"{type(self.causal_lm).__name__}: {error}") from error
 
     @property
     def device(self) -> torch.device:
-        return self.embed.weight.device
+        return self.norm.module.weight.device
 
     def __call__(self, step: Any, ids: Tensor, positions: Tensor, keep: Tensor | int = 0) -> Tensor:
         x, residual = self.embed(ids), None
-        rotations = self.rotary(x[None], positions[None])
-        cos, sin = (r[0] for r in rotations)
+        cos, sin = self.rotations(x, positions)
         for layer in self.layers:
             x, residual = layer(x, residual, cos, sin, step)
+        return self.logits(x, residual, keep)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[T, D]"""
+        return self.decoder.embed_tokens(ids)
+
+    def rotations(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, d] in the dtype of x."""
+        cos, sin = self.decoder.rotary_emb(x[None], positions[None])
+        return cos[0], sin[0]
+
+    def logits(self, x: Tensor, residual: Tensor | None, keep: Tensor | int = 0) -> Tensor:
+        """From what the last layer gives."""
         x = self.norm(x, residual)[0]
-        return self.head(x if isinstance(keep, int) else x[keep])
+        return self.causal_lm.lm_head(x if isinstance(keep, int) else x[keep])
 
 
 @dataclass(frozen=True)
@@ -161,74 +217,6 @@ def _norm(module: Any) -> _Norm:
     return _Norm(module, eps)
 
 
-class _Products:
-    """Linear maps of one input; if `joined`, one product while their weights lie side by side, without gradients."""
-
-    def __init__(self, linears: list[Any], joined: bool) -> None:
-        self.linears = linears
-        self.joined = joined
-        self.plain = all(type(x) is nn.Linear and not _hooked(x) for x in linears)
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        if not self.plain:
-            return tuple(linear(x) for linear in self.linears)
-        weight, bias = self._weight() if self.joined else (None, None)
-        if weight is None:
-            biases = [linear.bias for linear in self.linears]
-            return _SameInput.apply(x, *(linear.weight for linear in self.linears), *biases)
-        return F.linear(x, weight, bias).split([linear.out_features for linear in self.linears], -1)
-
-    def _weight(self) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias, views; no weight where they are not to be had."""
-        weights = [linear.weight for linear in self.linears]
-        biases = [linear.bias for linear in self.linears if linear.bias is not None]
-        bias = _joined(biases) if biases else None
-        if biases and (bias is None or len(biases) < len(weights)):
-            return None, None
-        return _joined(weights), bias
-
-
-class _SameInput(torch.autograd.Function):
-    """x [T, D], weights, biases (None where there is none) -> as many outputs.
-
-    The gradients of x are added up by the products that make them, not by passes of their own.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        count = len(parameters) // 2
-        weights: Any = parameters[:count]
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[1 : 1 + count]) else None, *weights)
-        return tuple(F.linear(x, w, b) for w, b in zip(weights, parameters[count:], strict=True))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        need_x, *need = ctx.needs_input_grad
-        gradient = None
-        if need_x:
-            gradient = outer[0] @ weights[0]
-            for g, weight in zip(outer[1:], weights[1:], strict=True):
-                gradient.addmm_(g, weight)
-        of_weights = [g.T @ x if n else None for g, n in zip(outer, need[: len(outer)], strict=True)]
-        of_biases = [g.sum(0) if n else None for g, n in zip(outer, need[len(outer) :], strict=True)]
-        return gradient, *of_weights, *of_biases
-
-
-def _joined(tensors: list[Tensor]) -> Tensor | None:
-    """All of them as one, if each begins where the one before it ends."""
-    first, end = tensors[0], tensors[0].data_ptr()
-    for tensor in tensors:
-        if tensor.data_ptr() != end or tensor.dtype != first.dtype or not tensor.is_contiguous():
-            return None
-        end += tensor.nbytes
-    rows = sum(len(tensor) for tensor in tensors)
-    if first.untyped_storage().data_ptr() + first.untyped_storage().nbytes() < end:
-        return None  # neighbours by chance
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
-
-
 @dataclass(frozen=True)
 class FusedLayer:
     """attention: the module that `options` are told with; heads: norms of queries and keys, if there are any;
@@ -237,11 +225,10 @@ class FusedLayer:
     attention: Any
     options: dict[str, Any]
     before: _Norm
-    project: _Products
+    project: Products
     size: int
     heads: tuple[_Norm, _Norm] | None
     rotates: bool
-    output: Any
     after: _Norm
     mlp: Any
 
@@ -259,11 +246,10 @@ class FusedLayer:
             attention,
             options,
             _norm(layer.input_layernorm),
-            _Products([attention.q_proj, attention.k_proj, attention.v_proj], joined),
+            Products(attention, ("q_proj", "k_proj", "v_proj"), joined),
             attention.head_dim,
             (norms[0], norms[1]) if norms else None,
             rotates,
-            attention.o_proj,
             _norm(layer.post_attention_layernorm),
             _GatedMLP.of(layer.mlp, joined) or _Whole(layer.mlp),
         )
@@ -281,30 +267,39 @@ class FusedLayer:
             q, k = rotate_heads(q, k, cos, sin)
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
         attended = step(self.attention, q, k, v, **self.options)
-        x = self.output(attended.flatten(2).squeeze(0))  # attended[0] would cost a copy back
+        x = self.attention.o_proj(attended.flatten(2).squeeze(0))  # attended[0] would cost a copy back
         x, residual = self.after(x, residual)
         return self.mlp(x), residual
+
+    @property
+    def passes_over_hooks(self) -> bool:
+        """Has a module that is not called here got hooks since?"""
+        norms = (self.before, self.after, *(self.heads or ()))
+        return any(map(hooked, (self.attention, *(norm.module for norm in norms), *self.mlp.passed_over)))
 
 
 @dataclass(frozen=True)
 class _GatedMLP:
-    """SwiGLU."""
+    """SwiGLU. passed_over: modules that are not called."""
 
-    project: _Products
-    down: Any
+    module: Any
+    passed_over: tuple[Any, ...]
+    project: Products
 
     @classmethod
     def of(cls, mlp: Any, joined: bool) -> _GatedMLP | None:
         """None for any other kind, which runs as it is: experts, hooks."""
         parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         activation = getattr(mlp, "act_fn", None)
-        if None in parts or _hooked(mlp) or type(activation).__name__ not in ("SiLU", "SiLUActivation"):
+        if None in parts or type(activation).__name__ not in ("SiLU", "SiLUActivation"):
             return None
-        return cls(_Products(parts[:2], joined), parts[2])
+        if any(map(hooked, (mlp, activation))):
+            return None
+        return cls(mlp, (mlp, activation), Products(mlp, ("gate_proj", "up_proj"), joined))
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.project(x)
-        return self.down(swiglu(gate, up))
+        return self.module.down_proj(swiglu(gate, up))
 
 
 @dataclass(frozen=True)
@@ -312,6 +307,7 @@ class _Whole:
     """An MLP of another kind."""
 
     module: Any
+    passed_over: tuple[Any, ...] = ()
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.module(x.unsqueeze(0)).squeeze(0)
@@ -322,9 +318,5 @@ def _only(module: Any, known: set[str]) -> None:
     children = {name for name, child in module.named_children() if next(child.parameters(), None) is not None}
     if unknown := sorted(children - known):
         raise UnknownLayerError(f"{type(module).__name__} has {', '.join(unknown)}")
-    if _hooked(module):
+    if hooked(module):
         raise UnknownLayerError(f"{type(module).__name__} has hooks")
-
-
-def _hooked(module: Any) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.layers import FusedLayer, fuse
+from fastgrpo.layers import FusedLayer, causal_lm_of, fuse
 from fastgrpo.policy.attention import Packed, attend
 from fastgrpo.policy.work import decoder_of
 from fastgrpo_kernels import PackedLayout
@@ -27,12 +27,13 @@ def fuse_layers(model: Any) -> str | None:
     """Let a causal or PEFT model's layers run packed forwards fused, in place; or why they cannot, and nothing changes.
 
     Parameters, their names and the modules' structure stay. Copies of the model are fused too; `train()`, adapters and
-    gradient checkpointing may be switched before or after. The model is in eval mode, on its device and in its dtype.
+    gradient checkpointing may be switched before or after. Under autocast, and where a module that is not called got
+    hooks, layers run as they did. The model is in eval mode, on its device and in its dtype.
     """
     body, reason = fuse(model, joined=False)
     if body is None:
         return reason
-    layers = list(decoder_of(_causal_lm(model)).layers)
+    layers = list(decoder_of(causal_lm_of(model)).layers)
     kinds: list[Any] = [type(layer) for layer in layers]
     for layer, fused, kind in zip(layers, body.layers, kinds, strict=True):
         layer._fused = fused
@@ -50,15 +51,26 @@ def _fused_class(eager: type[Any]) -> type[Any]:
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         packed: Packed | None = kwargs.get("packed")
-        if packed is None:
-            return eager.forward(self, hidden_states, *args, **kwargs)
         layer: FusedLayer = self._fused
+        # Under autocast a layer is of several dtypes, which our ops refuse.
+        if packed is None or layer.passes_over_hooks or torch.is_autocast_enabled(hidden_states.device.type):
+            return eager.forward(self, hidden_states, *args, **kwargs)
         cos, sin = (table.squeeze(0) for table in kwargs["position_embeddings"])
         x, residual = layer(hidden_states.squeeze(0), None, cos, sin, attend(packed))
         return (residual + x).unsqueeze(0)
 
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return _bare, (eager,), vars(self)
+
     members = {"forward": forward, "_eager_class": eager, "__module__": eager.__module__, "__doc__": eager.__doc__}
+    members["__reduce_ex__"] = reduce  # for pickle, which would find the eager class under its name
     return type(eager.__name__, (eager,), members)
+
+
+def _bare(eager: Any) -> Any:
+    """A layer without anything in it yet."""
+    kind: Any = _fused_class(eager)
+    return kind.__new__(kind)
 
 
 def _why_not_gradients(model: Any, layer: Any) -> str | None:
@@ -73,7 +85,7 @@ def _why_not_gradients(model: Any, layer: Any) -> str | None:
 
 def _gradients_differ(model: Any, layer: Any) -> float:
     """Of a layer's input and vectors, by its own forward and by the fused one, on a few packed tokens."""
-    decoder = decoder_of(_causal_lm(model))
+    decoder = decoder_of(causal_lm_of(model))
     weight = layer._fused.before.module.weight
     layout = PackedLayout((5, 3), ((), ()), weight.device)
     generator = torch.Generator().manual_seed(0)
@@ -88,7 +100,3 @@ def _gradients_differ(model: Any, layer: Any) -> float:
             gradients = torch.autograd.grad(out, inputs, outer, allow_unused=True, materialize_grads=True)
             found.append(torch.cat([gradient.double().flatten() for gradient in gradients]))
     return ((found[0] - found[1]).norm() / found[0].norm()).item()
-
-
-def _causal_lm(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

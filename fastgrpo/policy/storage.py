@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgrpo.products import plain
+
 # Linear maps of the same input, by the names that transformers gives them.
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Bytes that every weight's address divides by; torch's own on a CPU.
@@ -33,7 +35,7 @@ def _of_one_input(model: Any) -> list[list[torch.nn.Linear]]:
     modules: list[list[Any]] = [
         [getattr(module, name, None) for name in names] for module in model.modules() for names in _TOGETHER
     ]
-    return [found for found in modules if all(type(linear) is torch.nn.Linear for linear in found)]
+    return [found for found in modules if all(map(plain, found))]
 
 
 def _lay(tensors: list[Tensor]) -> None:

@@ -15,6 +15,7 @@ import transformers as tf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgrpo import layers
 from fastgrpo.layers import Attention, StockBody, fuse
 from fastgrpo.policy.attention import register
 from fastgrpo.policy.storage import own_memory
@@ -107,8 +108,8 @@ class _Calls(TorchDispatchMode):
 def _calls_of_a_layer(config: Any, change: Callable[[Any], Any] = lambda model: model) -> Counter[str]:
     """The calls of three layers less those of two."""
     counted = []
-    for layers in (2, 3):
-        model = change(_model(type(config)(**{**config.to_dict(), "num_hidden_layers": layers, "layer_types": None})))
+    for count in (2, 3):
+        model = change(_model(type(config)(**{**config.to_dict(), "num_hidden_layers": count, "layer_types": None})))
         body, _ = fuse(model)
         assert body is not None
 
@@ -151,6 +152,54 @@ def test_it_is_of_the_weights_that_the_model_has_now() -> None:
     torch.testing.assert_close(_run(body)[0], _run(StockBody(model))[0])
 
 
+@pytest.mark.parametrize("name", ["qwen2", "qwen3-moe"])
+def test_roundings_of_a_deep_model_are_not_other_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's norms round some elements otherwise: through 40 layers that grows, and moves tokens to other experts."""
+    generator, own = torch.Generator().manual_seed(0), layers.add_rms_norm
+
+    def norm(x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+        normed, total = own(x, residual, weight, eps=eps)
+        unit = torch.where(torch.rand(normed.shape, generator=generator) < 0.1, torch.finfo(normed.dtype).eps, 0.0)
+        return (normed + normed * unit).to(normed.dtype), total
+
+    monkeypatch.setattr(layers, "add_rms_norm", norm)
+    config = type(_FUSED[name])(**{**_FUSED[name].to_dict(), "num_hidden_layers": 40, "layer_types": None})
+    body, reason = fuse(_model(config, torch.bfloat16))
+    assert reason is None
+    assert body is not None
+
+
+@pytest.mark.parametrize("part", ["add_rms_norm", "swiglu"])
+def test_one_wrong_layer_of_many_is_seen(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, calls = getattr(layers, part), []
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        calls.append(0)
+        found = own(*args, **options)
+        if len(calls) != 11:
+            return found
+        return found * 1.5 if part == "swiglu" else (found[0] * 1.5, found[1])
+
+    monkeypatch.setattr(layers, part, wrong)
+    config = type(_FUSED["qwen2"])(**{**_FUSED["qwen2"].to_dict(), "num_hidden_layers": 12, "layer_types": None})
+    body, reason = fuse(_model(config, torch.bfloat16))
+    assert body is None
+    assert reason is not None
+    assert "compute something else" in reason
+
+
+def test_adapters_that_come_later_take_part() -> None:
+    peft = pytest.importorskip("peft")
+    model = _model(_FUSED["qwen2"])
+    body, _ = fuse(model)
+    before = _run(body)[0]
+    adapters = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, adapters).eval()
+    mine, theirs = _run(body)[0], _run(StockBody(adapted))[0]
+    assert not torch.allclose(mine, before)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_adapters_take_part() -> None:
     peft = pytest.importorskip("peft")
     for target in (["q_proj", "v_proj"], "all-linear"):
@@ -186,10 +235,13 @@ def test_other_layers_run_as_they_are(name: str, tiny_tokenizer: Any) -> None:
     torch.testing.assert_close(rollout.sampling_logprob, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("where", ["self_attn", "self_attn.q_proj", "mlp", "input_layernorm"])
+_PLACES = ["self_attn", "self_attn.q_proj", "mlp", "mlp.act_fn", "input_layernorm"]
+
+
+@pytest.mark.parametrize("where", ["", "model", *(f"model.layers.1.{place}" for place in _PLACES)])
 def test_hooks_are_not_passed_over(where: str) -> None:
     model = _model(_FUSED["llama"])
-    module = model.model.layers[1].get_submodule(where)
+    module = model.get_submodule(where)
     called = []
     module.register_forward_hook(lambda *_: called.append(where))
     body, reason = fuse(model)
@@ -200,6 +252,19 @@ def test_hooks_are_not_passed_over(where: str) -> None:
         called.clear()
         _run(body)
         assert called
+
+
+@pytest.mark.parametrize("where", ["self_attn", "input_layernorm"])
+def test_neither_are_backward_hooks_and_forwards_of_a_module_s_own(where: str) -> None:
+    for change in (
+        lambda module: module.register_full_backward_hook(lambda *_: None),
+        lambda module: setattr(module, "forward", type(module).forward.__get__(module)),
+    ):
+        model = _model(_FUSED["llama"])
+        change(model.model.layers[1].get_submodule(where))
+        reason = fuse(model)[1]
+        assert reason is not None
+        assert "has hooks" in reason
 
 
 def test_the_engine_says_that_layers_are_fused(tiny_tokenizer: Any) -> None:
@@ -230,6 +295,21 @@ class TestSideBySide:
         assert all(p.data_ptr() % 64 == 0 for p in model.parameters())
         storages = [x.weight.untyped_storage().data_ptr() for x in (mlp.gate_proj, mlp.up_proj)]
         assert len(set(storages)) == 2
+
+    def test_weights_of_another_type_stay_where_they_are(self) -> None:
+        class Quantised(torch.nn.Parameter):
+            """As a library's that packs numbers: neither laid together nor multiplied by what it seems to be."""
+
+        model = _model(_FUSED["llama"])
+        linear = model.model.layers[0].self_attn.k_proj
+        linear.weight = Quantised(linear.weight.data)
+        own_memory(model)
+        q, k, v = (getattr(model.model.layers[0].self_attn, name).weight for name in ("q_proj", "k_proj", "v_proj"))
+        assert len({x.untyped_storage().data_ptr() for x in (q, k, v)}) == 3
+        linear.register_forward_hook(lambda module, given, out: out * 2)
+        body, reason = fuse(model)
+        assert reason is None
+        torch.testing.assert_close(_run(body)[0], _run(StockBody(model))[0])
 
     def test_saved_loaded_and_copied_they_are_the_weights_they_were(self, tmp_path: Path) -> None:
         model = _model(_FUSED["qwen2"])

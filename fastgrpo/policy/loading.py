@@ -48,7 +48,7 @@ def load_policy(model: Any, processing_class: Any, config: GRPOConfig, peft_conf
             f"vocabulary mismatch: the tokenizer has {len(tokenizer)} tokens, the model's embedding "
             f"{model.get_input_embeddings().weight.shape[0]} rows"
         )
-    model = model.to(device)
+    model = _as_loaded(model).to(device)
     _cast(model, dtype)
     model.set_attn_implementation(register())
     _drop_nothing(model)
@@ -65,7 +65,7 @@ def load_policy(model: Any, processing_class: Any, config: GRPOConfig, peft_conf
         if reason is not None and config.fused_layers:
             raise ValueError(f"fused_layers=true: {type(policy.causal_lm).__name__} has others: {reason}")
         if reason is not None:
-            logger.info("layers run as transformers has them: %s", reason)
+            logger.warning("updates are slower than they could be: layers run as transformers has them: %s", reason)
     policy.self_check(share_prompts=config.share_prompts, longest=_longest(config))
     return policy
 
@@ -99,6 +99,15 @@ def skeleton_of(model_config: Any) -> Any:
         model_config = AutoConfig.for_model(**model_config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(model_config)
+
+
+def _as_loaded(model: Any) -> Any:
+    """With layers as transformers has them, which another run may have compiled or fused."""
+    for module in model.modules():
+        if hasattr(module, "_eager_class"):
+            module.__class__ = module._eager_class
+            vars(module).pop("_fused", None)
+    return model
 
 
 def _drop_nothing(model: Any) -> None:

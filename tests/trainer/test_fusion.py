@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,29 @@ def test_a_copy_is_fused_on_weights_of_its_own() -> None:
     assert_same(policies, batch, 3e-6)
 
 
+def test_a_pickled_one_is_fused_too() -> None:
+    policy, batch = _policies("Qwen3")[1], make_batch()
+    again = Policy(pickle.loads(pickle.dumps(policy.model)), None)
+    assert type(again.causal_lm.model.layers[0]) is type(policy.causal_lm.model.layers[0])
+    assert_same([policy, again], batch, 0.0)
+
+
+def test_under_autocast_layers_run_as_they_did() -> None:
+    policies, batch = _policies("Qwen3"), make_batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(policies, batch, 0.0)
+
+
+@pytest.mark.parametrize("where", ["self_attn", "self_attn.q_norm", "mlp", "mlp.act_fn", "post_attention_layernorm"])
+def test_hooks_that_come_later_are_called(where: str) -> None:
+    policies, batch, called = _policies("Qwen3"), make_batch(), []
+    for policy in policies:
+        module = policy.causal_lm.model.layers[1].get_submodule(where)
+        module.register_forward_hook(lambda *_, policy=policy: called.append(policy))
+    assert_same(policies, batch, 3e-6)
+    assert called.count(policies[1]) == called.count(policies[0]) > 0
+
+
 def test_layers_whose_gradients_differ_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     policies, batch = two_policies("Qwen3"), make_batch()
     call = fusion.FusedLayer.__call__
@@ -183,6 +207,19 @@ class TestOption:
         assert kinds[0] is not kinds[1]
         assert kinds[2] is kinds[1]  # on a CPU
         assert_same([stock, fused], make_batch(), 3e-6)
+
+    def test_a_model_that_another_run_has_had(self, tiny_model_dir: Path) -> None:
+        """It is as this run's options have it, and nothing is wrapped twice."""
+        model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model_dir)
+        stock, kinds = type(model.model.layers[0]), []
+        for options in ({"fused_layers": True}, {"fused_layers": True}, {"torch_compile": True}, {}):
+            load_policy(model, tokenizer, GRPOConfig(**options))
+            kinds.append(type(model.model.layers[0]))
+        assert [kind is stock for kind in kinds] == [False, False, False, True]
+        assert kinds[0] is kinds[1] is not kinds[2]
+        assert all(kind._eager_class is stock for kind in kinds[:3])
+        assert not hasattr(model.model.layers[0], "_fused")
 
     def test_other_layers_are_refused_when_asked_for(self) -> None:
         config = transformers.OlmoConfig(

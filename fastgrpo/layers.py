@@ -132,7 +132,7 @@ def _differences(
     for layer, (x, after) in zip(body.layers, pairwise(streams), strict=True):
         added, stream = layer(x, None, *rotations, mine)
         # A token near the border between two experts may go to the other one, by rounding.
-        found.append(_difference(stream + added, after, x, most=isinstance(layer.mlp, _Whole)))
+        found.append(_difference(stream + added, after, x, most=isinstance(layer.mlp, Whole)))
     found += [_difference(a, b) for a, b in zip(mine.seen, attended, strict=True)]
     return [*found, _difference(body.logits(streams[-1], None), logits)]
 
@@ -251,7 +251,7 @@ class FusedLayer:
             (norms[0], norms[1]) if norms else None,
             rotates,
             _norm(layer.post_attention_layernorm),
-            _GatedMLP.of(layer.mlp, joined) or _Whole(layer.mlp),
+            _GatedMLP.of(layer.mlp, joined) or Whole(layer.mlp),
         )
 
     def __call__(
@@ -303,7 +303,7 @@ class _GatedMLP:
 
 
 @dataclass(frozen=True)
-class _Whole:
+class Whole:
     """An MLP of another kind."""
 
     module: Any

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from policy_cases import GROUPS, OTHERS, assert_same, gradients_of, make_batch, two_policies
+from policy_cases import GROUPS, OTHERS, assert_same, gradients_of, make_batch, round_otherwise, two_policies
 from torch import Tensor
 
-from fastgrpo import GRPOConfig
+from fastgrpo import GRPOConfig, layers
 from fastgrpo.config import ConfigError
 from fastgrpo.policy import Policy, Reference, fusion, load_policy
 from fastgrpo.policy.attention import Packed, register
@@ -169,6 +169,21 @@ def test_hooks_that_come_later_are_called(where: str) -> None:
         module.register_forward_hook(lambda *_, policy=policy: called.append(policy))
     assert_same(policies, batch, 3e-6)
     assert called.count(policies[1]) == called.count(policies[0]) > 0
+
+
+def test_tokens_that_rounding_sends_to_other_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is no difference of the layer's own gradients."""
+    sizes = {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "initializer_range": 2.0}
+    policy = two_policies("Qwen3Moe", dtype=torch.bfloat16, **sizes)[0]
+    body, _ = layers.fuse(policy.model, joined=False)
+    assert body is not None
+    layer = policy.causal_lm.model.layers[0]
+    layer._fused, layer.__class__ = body.layers[0], fusion._fused_class(type(layer))
+    round_otherwise(monkeypatch)
+    found = [fusion._gradients_differ(policy.model, layer) for _ in range(10)]
+    assert min(found) > 0
+    assert max(found) < 0.02
+    assert "forward" not in vars(layer.mlp)
 
 
 def test_layers_whose_gradients_differ_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

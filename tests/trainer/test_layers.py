@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from policy_cases import round_otherwise
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -155,14 +156,7 @@ def test_it_is_of_the_weights_that_the_model_has_now() -> None:
 @pytest.mark.parametrize("name", ["qwen2", "qwen3-moe"])
 def test_roundings_of_a_deep_model_are_not_other_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's norms round some elements otherwise: through 40 layers that grows, and moves tokens to other experts."""
-    generator, own = torch.Generator().manual_seed(0), layers.add_rms_norm
-
-    def norm(x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-        normed, total = own(x, residual, weight, eps=eps)
-        unit = torch.where(torch.rand(normed.shape, generator=generator) < 0.1, torch.finfo(normed.dtype).eps, 0.0)
-        return (normed + normed * unit).to(normed.dtype), total
-
-    monkeypatch.setattr(layers, "add_rms_norm", norm)
+    round_otherwise(monkeypatch)
     config = type(_FUSED[name])(**{**_FUSED[name].to_dict(), "num_hidden_layers": 40, "layer_types": None})
     body, reason = fuse(_model(config, torch.bfloat16))
     assert reason is None

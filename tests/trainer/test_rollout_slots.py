@@ -275,6 +275,30 @@ def test_a_capture_that_fails_says_why_and_the_rest_goes_on(policy: Policy, monk
     assert len(calls) == 3  # nothing more is captured
 
 
+def test_captured_steps_are_of_the_adapters_that_were_on(tiny_model_dir: Path) -> None:
+    """Switched, merged or others, they take none of the weights elsewhere, but other kernels run."""
+    peft = pytest.importorskip("peft")
+    model = load_policy(str(tiny_model_dir), None, GRPOConfig(use_peft=True)).model
+    plans = [burst.Plan.of(model, 2, 2, 5, Sampling(4))]
+
+    def told_apart() -> bool:
+        plans.append(burst.Plan.of(model, 2, 2, 5, Sampling(4)))
+        return not plans[0].serves(plans[-1])
+
+    assert not told_apart()
+    with model.disable_adapter():
+        assert told_apart()
+    assert not told_apart()
+    model.merge_adapter()
+    assert told_apart()
+    assert plans[-1].addresses == plans[0].addresses
+    model.unmerge_adapter()
+    assert not told_apart()
+    model.add_adapter("other", peft.LoraConfig(task_type="CAUSAL_LM"))
+    model.set_adapter("other")
+    assert told_apart()
+
+
 def test_a_session_is_not_gone_on_with_after_an_error(policy: Policy) -> None:
     engine = _engine(policy, 6)
     prompts = _prompts(policy, "ab", "cdefg")

@@ -39,7 +39,8 @@ _PREFILL_TOKENS = 8192
 class Plan:
     """What one `generate` wants: all that its steps depend on, whatever session serves it.
 
-    rows: completions at once; groups: prompts kept at once. addresses: of the weights, which captured steps read.
+    rows: completions at once; groups: prompts kept at once. addresses: of the weights, which captured steps read;
+    adapters: the active and the merged ones, by layer.
     """
 
     rows: int
@@ -48,6 +49,7 @@ class Plan:
     max_tokens: int
     drawing: tuple[float, int, float, float]
     addresses: tuple[int, ...]
+    adapters: tuple[tuple[Any, ...], ...] = ()
 
     @classmethod
     def of(cls, model: Any, rows: int, n: int, longest_prompt: int, sampling: Sampling) -> Plan:
@@ -59,6 +61,11 @@ class Plan:
             sampling.max_tokens,
             (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p),
             tuple(parameter.data_ptr() for parameter in model.parameters()),
+            tuple(
+                (m.disable_adapters, *m.active_adapters, None, *m.merged_adapters)
+                for m in model.modules()
+                if hasattr(m, "merged_adapters")
+            ),
         )
 
     @property
@@ -67,10 +74,10 @@ class Plan:
         return 1 << (self.longest_prompt + self.max_tokens + BURST - 1).bit_length()
 
     def serves(self, other: Plan) -> bool:
-        """Has it room for the other, whose tokens are drawn alike, from the same weights?"""
-        alike = (self.drawing, self.addresses) == (other.drawing, other.addresses)
+        """Has it room for the other, whose tokens are drawn alike, from the same weights and adapters?"""
+        mine, theirs = ((p.drawing, p.addresses, p.adapters) for p in (self, other))
         sizes = [(p.rows, p.groups, p.longest_prompt, p.max_tokens) for p in (self, other)]
-        return alike and all(mine >= theirs for mine, theirs in zip(*sizes, strict=True))
+        return mine == theirs and all(a >= b for a, b in zip(*sizes, strict=True))
 
     def grown(self, other: Plan) -> Plan:
         """The other, with this one's room where that is more: lengths creep up, and each time graphs are lost."""

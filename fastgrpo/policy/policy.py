@@ -138,7 +138,11 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Write a folder `from_pretrained` loads (a PEFT model: its adapters, which point at their base model)."""
-        self.model.save_pretrained(folder)
+        if self.is_peft:
+            self.model.save_pretrained(folder)
+        else:
+            # What lies in one storage, most of the model, transformers would copy on the device: here in host memory.
+            self.model.save_pretrained(folder, state_dict={n: _apart(t) for n, t in self.model.state_dict().items()})
         self.tokenizer.save_pretrained(folder)
 
     @torch.no_grad()
@@ -168,6 +172,12 @@ class Policy:
         holds more than we know of.
         """
         self.unshared = self_check(self, share_prompts=share_prompts, longest=longest)
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy in host memory if it lies beside others."""
+    beside = type(tensor) is Tensor and tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.to("cpu", copy=True) if beside else tensor
 
 
 class Reference:

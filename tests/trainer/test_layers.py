@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo import layers
 from fastgrpo.layers import Attention, StockBody, fuse
+from fastgrpo.policy import Policy
 from fastgrpo.policy.attention import register
 from fastgrpo.policy.storage import own_memory
 from fastgrpo.records import Prompt, Sampling
@@ -315,6 +316,24 @@ class TestSideBySide:
                 assert torch.equal(mine, theirs), name
         size = sum(p.nbytes for p in model.parameters())
         assert sum(f.stat().st_size for f in tmp_path.glob("*.safetensors")) < 1.1 * size
+
+    def test_saving_copies_nothing_on_the_device(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """transformers clones what it finds in one storage; of ties it must still find both."""
+        model = _model(tf.LlamaConfig(**_SIZES, tie_word_embeddings=True))
+        save, given = model.save_pretrained, {}
+
+        def watch(folder: Path, state_dict: dict[str, Tensor]) -> None:
+            given.update(state_dict)
+            save(folder, state_dict=state_dict)
+
+        monkeypatch.setattr(model, "save_pretrained", watch)
+        Policy(model, model.config).save(tmp_path)
+        places = Counter(tensor.untyped_storage().data_ptr() for tensor in given.values())
+        tied = given["lm_head.weight"].untyped_storage().data_ptr()
+        assert {place for place, count in places.items() if count > 1} == {tied}
+        again = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+        assert again.lm_head.weight is again.model.embed_tokens.weight
 
     def test_a_step_of_one_leaves_its_neighbours(self) -> None:
         model = _model(_FUSED["qwen2"])

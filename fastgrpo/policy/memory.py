@@ -235,6 +235,11 @@ class _Moments:
         width = self.inner * (1 + self.family.fused_qkv)
         return _FLOAT * width * (2 + (self.on_cpu and self.e != _FLOAT))  # scaled; the sum; its summand in fp32
 
+    @property
+    def _copies_product(self) -> bool:
+        """Does an adapter of the last product read it in fp32, in a model that is not?"""
+        return self.e != _FLOAT and self.adapters is not None and bool(self.adapters.among(("down_proj",)))
+
     def forward(self, q: int, k: int) -> int:
         """Of a forward without gradients, where results are dropped when they have been read, at most."""
         e, hidden, inner = self.e, self.hidden, self.inner
@@ -242,6 +247,10 @@ class _Moments:
         norm = e * 2 * hidden + 2 * _FLOAT * hidden
         rotation = e * (3 * hidden + 4 * q + 2 * k)
         product = e * (4 if self.family.fused_qkv else 3) * inner
+        if self.fused:  # rotated q and k, v, gate and up are there until the layer is done
+            residuals += e * (q + 2 * k)
+            norm, rotation = 0, e * (3 * hidden + 2 * q + 3 * k)
+            product += e * hidden + self._copies_product * _FLOAT * (inner + 3 * hidden)
         adapted = e * 2 * inner + self._sum + _FLOAT * hidden * (e != _FLOAT) if self._sum else 0
         return max(norm, rotation, residuals + max(product, adapted))
 

@@ -81,8 +81,7 @@ def make_gates(rows: int, dtype: torch.dtype, device: str = "cpu", *, size: int 
 
 def _norm_module(kind: type[torch.nn.Module], x: Tensor, weight: Tensor, eps: float) -> Tensor:
     module = kind(weight.numel(), eps=eps).to(x.device, x.dtype)
-    module.weight = torch.nn.Parameter(weight, requires_grad=False)
-    normed: Tensor = module(x)
+    normed: Tensor = torch.func.functional_call(module, {"weight": weight}, (x,))
     return normed
 
 

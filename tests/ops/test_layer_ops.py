@@ -75,14 +75,6 @@ def test_no_rows(name: str) -> None:
         assert (got.shape, got.dtype) == (want.shape, want.dtype)
 
 
-@ALL
-def test_no_gradient(name: str) -> None:
-    given = OPS[name].make(2, torch.float32)
-    tracked = {n: x.detach().requires_grad_() for n, x in given.items() if isinstance(x, torch.Tensor)}
-    out = OPS[name].run(**{**given, **tracked})
-    assert not out[0].requires_grad
-
-
 def test_the_sum_of_nothing_is_x_itself() -> None:
     given = make_norm(3, torch.bfloat16, residual=False)
     assert add_rms_norm(**given)[1] is given["x"]

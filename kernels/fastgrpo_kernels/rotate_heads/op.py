@@ -1,16 +1,18 @@
-"""`rotate_heads`: the public function, its op, and the op's PyTorch path."""
+"""`rotate_heads`: the public function, its op, that of its backward, and their PyTorch path."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..add_rms_norm.op import rms_norm
+from ..add_rms_norm.op import rms_norm, rms_norm_gradients
 from ..backend import use_triton
-from ..checks import check_number, check_tensor
+from ..checks import check_number, check_tensor, compute_dtype
+from ..vocabulary import row_blocks
 
 
-@torch.no_grad()
 def rotate_heads(
     q: Tensor,
     k: Tensor,
@@ -21,7 +23,7 @@ def rotate_heads(
     k_weight: Tensor | None = None,
     eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rotary embedding of queries and keys (Su et al. 2021) in the halves layout of Llama; not differentiable.
+    """Rotary embedding of queries and keys (Su et al. 2021) in the halves layout of Llama; differentiable once.
 
     q: [T, Hq, d], k: [T, Hkv, d], of one float dtype, d even and <= 256; views are taken as they are, so both may be
     slices of one product. cos, sin: [T, d] of that dtype, of each token's position.
@@ -31,6 +33,8 @@ def rotate_heads(
     Returns q and k rotated, contiguous, new: x * cos + (-second half, first half) * sin, both products rounded, then
     their sum, as transformers computes it; bitwise without norms. On a GPU: one launch for both, no wait. NaN stays in
     its head. The same inputs give the same bits.
+    Gradients: of q, k and the weights, in fp32 until they are rounded; cos and sin are constants. One launch, two where
+    the weights want one. Kept for them: cos and sin; with norms q and k as they are and the weights, too.
     Errors: TypeError or ValueError naming the argument.
     """
     check_tensor("q", q, (None, None, None), "[T, Hq, d]")
@@ -72,3 +76,77 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: fl
     x = x.contiguous() if weight is None else rms_norm(x.contiguous(), weight, eps)
     first, second = x.chunk(2, -1)
     return (x * cos[:, None]).add_(torch.cat((-second, first), -1).mul_(sin[:, None]))
+
+
+@torch.library.custom_op("fastgrpo::rotate_heads_backward", mutates_args=())
+def _rotate_heads_backward(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    by_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, of k, and of both weights, [2, d], [0] if not by_weight. q to k_weight: all or none."""
+    if use_triton(cos):
+        from . import kernel
+
+        return kernel.backward(grad_q, grad_k, cos, sin, q, k, q_weight, k_weight, eps, by_weight)
+    by_q, q_sums = _turned_back(grad_q, cos, sin, q, q_weight, eps, by_weight)
+    by_k, k_sums = _turned_back(grad_k, cos, sin, k, k_weight, eps, by_weight)
+    return by_q, by_k, torch.stack((q_sums, k_sums)).to(cos.dtype) if by_weight else cos.new_empty(0)
+
+
+@_rotate_heads_backward.register_fake
+def _(grad_q: Tensor, grad_k: Tensor, cos: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    by_weights = cos.new_empty((2, cos.shape[1]) if rest[-1] else (0,))
+    return grad_q.new_empty(grad_q.shape), grad_k.new_empty(grad_k.shape), by_weights
+
+
+def _turned_back(
+    upstream: Tensor, cos: Tensor, sin: Tensor, x: Tensor | None, weight: Tensor | None, eps: float, by_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Of the queries or the keys: their gradient, and that of their weight, which is not rounded yet."""
+    rows, heads, size = upstream.shape
+    dtype = compute_dtype(cos)
+    gradient = upstream.new_empty(upstream.shape)
+    sums = cos.new_zeros(size if by_weight else 0, dtype=dtype)
+    for block in row_blocks(rows, heads * size):
+        slope, c, s = (y.contiguous().to(dtype) for y in (upstream[block], cos[block, None], sin[block, None]))
+        first, second = (slope * s).chunk(2, -1)
+        slope = slope * c + torch.cat((second, -first), -1)
+        if x is not None and weight is not None:
+            flat, by_heads = rms_norm_gradients(
+                x[block].reshape(-1, size), weight, slope.view(-1, size), eps, by_weight
+            )
+            slope = flat.view(slope.shape)
+            sums += by_heads
+        gradient[block] = slope
+    return gradient, sums
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, cos, sin, *weights, ctx.eps = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(cos, sin, *((None,) * 4 if weights[0] is None else (q, k, *weights)))
+
+
+def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    cos, sin, *heads, q_weight, k_weight = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    # What has no gradient, or wants none, is a number of heads that is 0.
+    wanted = [g is not None and (needs[i] or needs[4 + i]) for i, g in enumerate(upstream)]
+    given = [g if w else cos.new_empty(cos.shape[0], 0, cos.shape[1]) for g, w in zip(upstream, wanted, strict=True)]
+    heads = [x if w or x is None else x[:, :0] for x, w in zip(heads, wanted, strict=True)]
+    by_weight = any(w and needed for w, needed in zip(wanted, needs[4:6], strict=True))
+    *by_heads, by_weights = _rotate_heads_backward(*given, cos, sin, *heads, q_weight, k_weight, ctx.eps, by_weight)
+    of_heads = (g if w and needed else None for g, w, needed in zip(by_heads, wanted, needs[:2], strict=True))
+    of_weights = (by_weights[i] if w and needs[4 + i] else None for i, w in enumerate(wanted))
+    return *of_heads, None, None, *of_weights, None
+
+
+_rotate_heads.register_autograd(_backward, setup_context=_save)

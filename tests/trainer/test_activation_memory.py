@@ -172,7 +172,8 @@ def test_fused_layers_keep_less(kind: str, dtype: torch.dtype, every: int, targe
         for fused in (True, False)
     )
     assert saved.bytes + _positions(batch, every) == kept
-    assert kept < eager or every == 1
+    if adapters is None and every != 1:
+        assert kept < eager
 
 
 @pytest.mark.parametrize("family", _FAMILIES)

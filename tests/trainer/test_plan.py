@@ -60,6 +60,12 @@ _CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "medium": ("Qwen3", _MEDIUM, {"dtype": "float32", "gradient_checkpointing": True, "num_minibatches": 3}),
 }
 _CASES["every-2nd"][2]["gradient_checkpointing_every"] = 2
+_FUSED = ("fp32", "bf16", "checkpointed", "every-2nd", "many-microbatches", "lora", "lora-checkpointed")
+_CASES |= {
+    f"{name}, fused": (family, sizes, options | {"fused_layers": True})
+    for name, (family, sizes, options) in _CASES.items()
+    if name in _FUSED
+}
 
 
 def _config(**options: Any) -> GRPOConfig:

@@ -56,8 +56,8 @@ NEEDS = {"trl": "trl", "cce": "cut_cross_entropy", "liger": "liger_kernel"}
 
 def torch_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """torch's own chunked head: the mean negative log-prob and nothing else."""
-    if not hasattr(F, "linear_cross_entropy"):
-        raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy")
+    if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy with options")
     return F.linear_cross_entropy(hidden, weight, target, options=torch.nn.LinearCrossEntropyOptions())
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastgrpo_kernels import add_rms_norm, rotate_heads, swiglu
 
@@ -165,12 +166,16 @@ class _Products:
 
     def __init__(self, linears: list[Any], joined: bool) -> None:
         self.linears = linears
-        self.joined = joined and all(type(x) is nn.Linear and not _hooked(x) for x in linears)
+        self.joined = joined
+        self.plain = all(type(x) is nn.Linear and not _hooked(x) for x in linears)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        if not self.plain:
+            return tuple(linear(x) for linear in self.linears)
         weight, bias = self._weight() if self.joined else (None, None)
         if weight is None:
-            return tuple(linear(x) for linear in self.linears)
+            biases = [linear.bias for linear in self.linears]
+            return _SameInput.apply(x, *(linear.weight for linear in self.linears), *biases)
         return F.linear(x, weight, bias).split([linear.out_features for linear in self.linears], -1)
 
     def _weight(self) -> tuple[Tensor | None, Tensor | None]:
@@ -181,6 +186,34 @@ class _Products:
         if biases and (bias is None or len(biases) < len(weights)):
             return None, None
         return _joined(weights), bias
+
+
+class _SameInput(torch.autograd.Function):
+    """x [T, D], weights, biases (None where there is none) -> as many outputs.
+
+    The gradients of x are added up by the products that make them, not by passes of their own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        count = len(parameters) // 2
+        weights: Any = parameters[:count]
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1 : 1 + count]) else None, *weights)
+        return tuple(F.linear(x, w, b) for w, b in zip(weights, parameters[count:], strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        need_x, *need = ctx.needs_input_grad
+        gradient = None
+        if need_x:
+            gradient = outer[0] @ weights[0]
+            for g, weight in zip(outer[1:], weights[1:], strict=True):
+                gradient.addmm_(g, weight)
+        of_weights = [g.T @ x if n else None for g, n in zip(outer, need[: len(outer)], strict=True)]
+        of_biases = [g.sum(0) if n else None for g, n in zip(outer, need[len(outer) :], strict=True)]
+        return gradient, *of_weights, *of_biases
 
 
 def _joined(tensors: list[Tensor]) -> Tensor | None:
@@ -198,7 +231,8 @@ def _joined(tensors: list[Tensor]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """attention: the module that `options` are told with; heads: norms of queries and keys, if there are any."""
+    """attention: the module that `options` are told with; heads: norms of queries and keys, if there are any;
+    rotates: are they rotated?"""
 
     attention: Any
     options: dict[str, Any]
@@ -206,6 +240,7 @@ class FusedLayer:
     project: _Products
     size: int
     heads: tuple[_Norm, _Norm] | None
+    rotates: bool
     output: Any
     after: _Norm
     mlp: Any
@@ -217,8 +252,9 @@ class FusedLayer:
         _only(attention, {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"})
         names = ("q_norm", "k_norm")
         norms = [_norm(getattr(attention, name)) for name in names if getattr(attention, name, None) is not None]
-        if len(norms) == 1 or len({norm.eps for norm in norms}) > 1:
-            raise UnknownLayerError("its queries and keys are normalised unlike each other")
+        rotates = bool(getattr(attention, "use_rope", True))
+        if len(norms) == 1 or len({norm.eps for norm in norms}) > 1 or (norms and not rotates):
+            raise UnknownLayerError("its queries and keys are normalised otherwise")
         return cls(
             attention,
             options,
@@ -226,6 +262,7 @@ class FusedLayer:
             _Products([attention.q_proj, attention.k_proj, attention.v_proj], joined),
             attention.head_dim,
             (norms[0], norms[1]) if norms else None,
+            rotates,
             attention.o_proj,
             _norm(layer.post_attention_layernorm),
             _GatedMLP.of(layer.mlp, joined) or _Whole(layer.mlp),
@@ -237,13 +274,14 @@ class FusedLayer:
         """What this layer adds to the residual stream, and the stream: both [T, D], from those of the layer before."""
         x, residual = self.before(x, residual)
         q, k, v = (part.unflatten(-1, (-1, self.size)) for part in self.project(x))
-        if self.heads is None:
-            q, k = rotate_heads(q, k, cos, sin)
-        else:
+        if self.heads is not None:
             weights = {"q_weight": self.heads[0].module.weight, "k_weight": self.heads[1].module.weight}
             q, k = rotate_heads(q, k, cos, sin, **weights, eps=self.heads[0].eps)
+        elif self.rotates:
+            q, k = rotate_heads(q, k, cos, sin)
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
-        x = self.output(step(self.attention, q, k, v, **self.options).flatten(2)[0])
+        attended = step(self.attention, q, k, v, **self.options)
+        x = self.output(attended.flatten(2).squeeze(0))  # attended[0] would cost a copy back
         x, residual = self.after(x, residual)
         return self.mlp(x), residual
 
@@ -276,7 +314,7 @@ class _Whole:
     module: Any
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.module(x[None])[0]
+        return self.module(x.unsqueeze(0)).squeeze(0)
 
 
 def _only(module: Any, known: set[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_suite
-from benchmarks.gpu import predictions, update, update_cases
+from benchmarks.gpu import predictions, rollout, update, update_cases
 from benchmarks.gpu.bench import Bench
 from fastgrpo.packing import pack
 
@@ -50,6 +50,18 @@ def test_the_update_stage_says_what_it_compared(tmp_path: Path) -> None:
     if find_spec("trl"):
         assert all(row["error"]["gradient"] < 1e-5 for row in rows if row["case"] == "numerics")
         assert sum(row["case"] == "against" and row["speed_ratio"] > 0 for row in rows) == 2
+
+
+def test_an_engine_that_cannot_run_here_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that says so, not one of wrong results: the GPU's transformers may be older than its engine needs."""
+    monkeypatch.setattr("fastgrpo.rollout.transformers._OLDEST", "99")
+    bench = Bench("rollout", tmp_path, torch.device("cpu"), small=True)
+    shape, job = update_cases.shapes(bench)[0], rollout.JOBS[True]
+    make = rollout._makers(bench)["transformers"]
+    bench.attempt("generate", "rollout", "transformers", {}, lambda: rollout._generate(bench, shape, job, make, rows=4))
+    assert bench.rows[-1]["error"].startswith("absent: ")
+    assert "transformers 99 is needed" in bench.rows[-1]["error"]
+    assert bench.rows[-1]["correct"] is None
 
 
 def test_the_sizes_are_what_is_required(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from benchmarks.gpu.update_cases import SHAPES, make_model
 from benchmarks.small_model import Shape
 from fastgrpo.layers import fuse
 from fastgrpo.policy.attention import Packed, no_mask, register
+from fastgrpo.policy.fusion import fuse_layers
 from fastgrpo.policy.storage import own_memory
 from fastgrpo.policy.work import describe_work
 from fastgrpo_kernels import PackedLayout
@@ -152,25 +153,28 @@ def _distinct(x: torch.Tensor) -> int:
     return count
 
 
-def _counted(s: Shape, tokens: int) -> list[tuple[float, int]]:
+def _counted(s: Shape, tokens: int, body: str) -> list[tuple[float, int]]:
     """(bytes of a token, calls), forward and backward."""
     model = make_model(s, torch.device("cpu"), torch.bfloat16)
     model.set_attn_implementation(register())
+    if body == "fused":
+        assert fuse_layers(model) is None
     layout = PackedLayout([tokens // 2], [[tokens // 4] * 2])
     ids = torch.zeros(1, tokens, dtype=torch.int64)
     options = {"attention_mask": no_mask(torch.device("cpu")), "use_cache": False, "packed": Packed(layout)}
-    with _Passes("fastgrpo") as forward:
+    with _Passes("attention") as forward:
         out = model.model(input_ids=ids, position_ids=layout.position_ids[None], **options).last_hidden_state
-    with _Passes("fastgrpo") as backward:
+    with _Passes("attention") as backward:
         out.backward(torch.ones_like(out))
     return [(x.bytes / tokens, x.calls.total()) for x in (forward, backward)]
 
 
-def test_the_eager_layers_move_the_bytes_that_are_counted() -> None:
+@pytest.mark.parametrize("body", ["eager", "fused"])
+def test_layers_move_the_bytes_that_are_counted(body: str) -> None:
     """A layer's: the difference of three layers and two, at PyTorch's dispatcher."""
     s = Shape("counted", 64, width=96, feed_forward=256, layers=2, heads=6, kv_heads=2, head_dim=16)
-    two, three = _counted(s, 128), _counted(replace(s, layers=3), 128)
-    layers = predict_update.LAYERS["eager"]
+    two, three = _counted(s, 128, body), _counted(replace(s, layers=3), 128, body)
+    layers = predict_update.LAYERS[body]
     sizes = (s.width, s.feed_forward, (s.heads + s.kv_heads) * s.head_dim)
     said = (layers.forward, layers.backward)
     for i, (some, more) in enumerate(zip(two, three, strict=True)):

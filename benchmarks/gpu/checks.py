@@ -24,8 +24,8 @@ GPU_TESTS = (
     *("tests/trainer/test_gpu_rollout.py", "tests/ops/test_decode_attention.py", "tests/ops/test_sample_tokens.py"),
 )
 PACKAGES = (
-    *("torch", "triton", "transformers", "numpy", "trl", "liger-kernel", "cut-cross-entropy"),
-    *("flash-attn", "flash-attn-3", "flash-attn-4", "peft"),
+    *("torch", "triton", "transformers", "numpy", "datasets", "trl", "liger-kernel", "cut-cross-entropy"),
+    *("flash-attn", "flash-attn-3", "flash-attn-4", "peft", "accelerate"),
 )
 
 

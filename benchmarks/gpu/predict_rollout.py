@@ -30,14 +30,14 @@ SPLIT_BELOW = 512
 OUTSIDE = 26
 """Kernels of a step outside the layers, counted at PyTorch's dispatcher: embedding, rotary table, last norm, state."""
 
-BURST_HOST, ROW_HOST, ROW_BEGUN = 1.7e-4, 4e-7, 8e-6
+BURST_HOST, ROW_HOST, ROW_BEGUN = 1.4e-4, 3.5e-7, 7e-6
 """Seconds of the host while the device waits: between two bursts, more for each of their rows, and for a row to begin.
-Measured on a core of an AMD EPYC, as those below: `python -m benchmarks.rollout_host`."""
+Measured on a core of an AMD EPYC, as TOKEN_LISTED and TOKEN_TEXT: `python -m benchmarks.rollout_host`."""
 
 LAUNCH = 1e-4
 """Seconds besides, of a burst: its first launch, two copies back, the host that wakes; assumed."""
 
-TOKEN_LISTED, TOKEN_TEXT = 1.9e-7, 7e-7
+TOKEN_LISTED, TOKEN_TEXT = 1.8e-7, 6e-7
 """Seconds of the host for a token of a completion that has ended: into lists, into text. The device meanwhile decodes,
 but for what ends with the last burst."""
 

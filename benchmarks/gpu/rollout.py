@@ -105,7 +105,10 @@ def _makers(bench: Bench) -> dict[str, Callable[[Policy, int], Any]]:
     def transformers(policy: Policy, rows: int) -> Any:
         from fastgrpo.rollout.transformers import TransformersEngine
 
-        return TransformersEngine(policy.model, policy.tokenizer, batch_size=rows)
+        try:
+            return TransformersEngine(policy.model, policy.tokenizer, batch_size=rows)
+        except ValueError as error:  # transformers is too old, say: nothing that it computes is wrong
+            raise ImportError(str(error)) from error
 
     def vllm(policy: Policy, rows: int) -> Any:
         from fastgrpo.rollout.vllm.engine import VLLMEngine

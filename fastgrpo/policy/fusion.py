@@ -33,17 +33,15 @@ def fuse_layers(model: Any) -> str | None:
     if body is None:
         return reason
     layers = list(decoder_of(_causal_lm(model)).layers)
-    kinds = [type(layer) for layer in layers]
-    for layer, fused in zip(layers, body.layers, strict=True):
+    kinds: list[Any] = [type(layer) for layer in layers]
+    for layer, fused, kind in zip(layers, body.layers, kinds, strict=True):
         layer._fused = fused
-        kind: Any = type(layer)
         layer.__class__ = _fused_class(kind)
-    if not (difference := _gradients_differ(model, layers[0])) <= _ALIKE[layers[0]._fused.before.module.weight.dtype]:
+    if reason := _why_not_gradients(model, layers[0]):
         for layer, kind in zip(layers, kinds, strict=True):
             layer.__class__ = kind
             del layer._fused
-        return f"its layers' gradients differ from fused ones by {difference:.1e} of their size"
-    return None
+    return reason
 
 
 @functools.cache
@@ -55,12 +53,22 @@ def _fused_class(eager: type[Any]) -> type[Any]:
         if packed is None:
             return eager.forward(self, hidden_states, *args, **kwargs)
         layer: FusedLayer = self._fused
-        cos, sin = (table[0] for table in kwargs["position_embeddings"])
-        x, residual = layer(hidden_states[0], None, cos, sin, attend(packed))
+        cos, sin = (table.squeeze(0) for table in kwargs["position_embeddings"])
+        x, residual = layer(hidden_states.squeeze(0), None, cos, sin, attend(packed))
         return (residual + x).unsqueeze(0)
 
     members = {"forward": forward, "_eager_class": eager, "__module__": eager.__module__, "__doc__": eager.__doc__}
     return type(eager.__name__, (eager,), members)
+
+
+def _why_not_gradients(model: Any, layer: Any) -> str | None:
+    try:
+        difference = _gradients_differ(model, layer)
+    except Exception as error:  # what a kernel does on a machine that it was not made for
+        return f"{type(error).__name__}: {error}"
+    if difference <= _ALIKE[layer._fused.before.module.weight.dtype]:
+        return None
+    return f"its layers' gradients differ from fused ones by {difference:.1e} of their size"
 
 
 def _gradients_differ(model: Any, layer: Any) -> float:

@@ -34,8 +34,9 @@ def _tracked(upstream: Tensor) -> Tensor:
 @torch.library.custom_op("fastgrpo::scale_gradient", mutates_args=())
 def _scale_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     scaled = torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
-    size = max(1, gradient.numel()) if gradient.is_cuda else PART
-    for part, out in zip(gradient.contiguous().view(-1).split(size), scaled.view(-1).split(size), strict=True):
+    if gradient.is_cuda:
+        return torch.mul(gradient, upstream, out=scaled)
+    for part, out in zip(gradient.contiguous().view(-1).split(PART), scaled.view(-1).split(PART), strict=True):
         torch.mul(part, upstream, out=out)
     return scaled
 
@@ -43,10 +44,14 @@ def _scale_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> T
 @torch.library.custom_op("fastgrpo::scale_rows_of_gradient", mutates_args=())
 def _scale_rows_of_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     scaled = torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
-    size = max(1, len(gradient) if gradient.is_cuda else PART // max(1, gradient.shape[1]))
-    for part, weight, out in zip(gradient.split(size), upstream[:, None].split(size), scaled.split(size), strict=True):
-        torch.mul(part, weight, out=out)
-    return scaled.masked_fill_(upstream[:, None] == 0, 0)
+    weights = upstream[:, None]
+    if gradient.is_cuda:
+        torch.mul(gradient, weights, out=scaled)
+    else:
+        size = max(1, PART // max(1, gradient.shape[1]))
+        for part, weight, out in zip(gradient.split(size), weights.split(size), scaled.split(size), strict=True):
+            torch.mul(part, weight, out=out)
+    return scaled.masked_fill_(weights == 0, 0)
 
 
 @_scale_gradient.register_fake

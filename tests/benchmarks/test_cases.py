@@ -43,7 +43,11 @@ def test_right_results_are_right_and_spoilt_ones_wrong(case: Case) -> None:
     if case.absent:
         pytest.skip(f"{case.needs} is not installed")
     inputs = case.inputs(0)
-    result = case.run(inputs)
+    try:
+        result = case.run(inputs)
+    except ImportError as error:  # torch 2.11 has no head of its own
+        assert case.peer == "torch"
+        pytest.skip(str(error))
     assert not case.wrong(case.errors(inputs, result))
     assert case.wrong(case.errors(inputs, _spoilt(result)))
 

@@ -3,8 +3,9 @@
 The interpreter keeps a bfloat16 as its 16 bits, an integer. As it comes, `tl.dot` multiplies those integers, rounding
 to bfloat16 truncates, casts to and from other types than float32 change the integer's value and not the number's, and
 arithmetic adds bits. Here the dot and the casts become right; other arithmetic and reductions raise: our kernels cast
-to float32 first. Nothing else is repaired: dots of float32 are not rounded to TF32, and programs run one after the
-other, so that races stay hidden.
+to float32 first. Bounds of loops become integers again where NumPy 2.5 and later refuse what Triton 3.6 asks of them.
+Nothing else is repaired: dots of float32 are not rounded to TF32, and programs run one after the other, so that races
+stay hidden.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def repair() -> None:
     builder = interpreter.InterpreterBuilder
     handle, convert = interpreter.TensorHandle, interpreter._convert_float
     cast, dot, check = builder.cast_impl, builder.create_dot, interpreter.ReduceScanOpInterface.check_tensor
+    patch_tensor = interpreter._patch_lang_tensor
 
     def is_bf16(value: Any) -> bool:
         return value.dtype.scalar == tl.bfloat16
@@ -62,6 +64,11 @@ def repair() -> None:
             raise TypeError(_REFUSED)
         check(self, tensors)
 
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
     interpreter._convert_float = convert_float
     builder.cast_impl = cast_impl
     builder.create_dot = create_dot

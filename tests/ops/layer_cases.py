@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,10 +39,9 @@ def numbers(seed: int, *shape: int, dtype: torch.dtype, device: str = "cpu", sca
 
 
 def angles(rows: int, size: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """cos, sin [T, d] of positions up to 30000, as transformers' rotary embeddings give them."""
+    """cos, sin [T, d] of positions up to 30000, of d frequencies: nothing says that both halves have the same."""
     position = torch.randint(30_000, (rows,), generator=torch.Generator().manual_seed(7)).double()
-    frequency = 1e6 ** (-torch.arange(0, size, 2).double() / size)
-    angle = torch.cat([position[:, None] * frequency] * 2, 1)
+    angle = position[:, None] * 1e6 ** (-torch.arange(size).double() / size)
     return angle.cos().to(dtype).to(device), angle.sin().to(dtype).to(device)
 
 
@@ -178,3 +178,14 @@ def assert_as_exact(op: Op, given: dict[str, Any], slack: float = 1e-7) -> None:
     for got, theirs, want in zip(op.run(**given), op.theirs(**given), op.exact(**given), strict=True):
         allowed = 1.5 * rms_error([theirs], [want], got.dtype) + slack
         assert rms_error([got], [want], got.dtype) <= allowed
+
+
+def assert_extreme_gates(dtype: torch.dtype, device: str = "cpu") -> None:
+    """Where the exponential is 0, infinite, or nearly so."""
+    gate = torch.tensor([0, -0.0, 1e-7, 20, -20, 80, -80, 88.5, -88.5, -104, 3e4, -3e4, math.inf, -math.inf, math.nan])
+    gate = gate.to(dtype).to(device)[None]
+    up = torch.full_like(gate, 0.75)
+    want = their_gates(gate, up)[0]
+    torch.testing.assert_close(
+        swiglu(gate, up), want, rtol=1e-4 if dtype == torch.float32 else 2**-7, atol=1e-35, equal_nan=True
+    )

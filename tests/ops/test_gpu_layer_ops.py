@@ -13,6 +13,7 @@ from .layer_cases import (
     DTYPES,
     OPS,
     assert_as_exact,
+    assert_extreme_gates,
     assert_near_theirs,
     assert_spoils_its_row,
     make_gates,
@@ -93,6 +94,11 @@ def test_rows_change_without_compiling(name: str) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_nan_spoils_what_depends_on_it(bad: float, name: str) -> None:
     assert_spoils_its_row(OPS[name], bad, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_gates(dtype: torch.dtype) -> None:
+    assert_extreme_gates(dtype, "cuda")
 
 
 @pytest.mark.parametrize("name", ["add_rms_norm", "rotate_heads", "swiglu"])

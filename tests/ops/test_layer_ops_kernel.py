@@ -20,13 +20,13 @@ from .layer_cases import (
     EPS,
     OPS,
     assert_as_exact,
+    assert_extreme_gates,
     assert_near_theirs,
     assert_spoils_its_row,
     make_gates,
     make_heads,
     make_norm,
     numbers,
-    their_gates,
     their_norm,
 )
 
@@ -82,14 +82,7 @@ def test_many_rows(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_gates(dtype: torch.dtype) -> None:
-    """Where the exponential is 0, infinite, or nearly so."""
-    gate = torch.tensor(
-        [0.0, -0.0, 1e-7, 20, -20, 87, -87, 88.5, -88.5, -104, 3e4, -3e4, math.inf, -math.inf, math.nan]
-    )
-    gate = gate.to(dtype)[None]
-    up = torch.full_like(gate, 0.75)
-    rtol = 1e-5 if dtype == torch.float32 else 0.0
-    torch.testing.assert_close(swiglu(gate, up), their_gates(gate, up)[0], rtol=rtol, atol=0, equal_nan=True)
+    assert_extreme_gates(dtype)
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-5, 1e3])
@@ -155,6 +148,14 @@ def test_rows_past_two_to_the_31_elements(tmp_path: Path, name: str) -> None:
     given = op.make(3, torch.bfloat16)
     far = {n: far_apart(tmp_path / n, x) for n, x in given.items() if isinstance(x, Tensor) and x.ndim > 1}
     for got, want in zip(op.run(**given | far), op.run(**given), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_heads_past_two_to_the_31_elements(tmp_path: Path) -> None:
+    """Heads before rows: it is heads that lie far apart."""
+    given = make_heads(2, torch.bfloat16, heads=(3, 3))
+    far = {n: far_apart(tmp_path / n, given[n].transpose(0, 1)).transpose(0, 1) for n in "qk"}
+    for got, want in zip(rotate_heads(**given | far), rotate_heads(**given), strict=True):
         assert torch.equal(got, want)
 
 

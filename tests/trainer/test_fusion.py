@@ -22,6 +22,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": 90},
     "Qwen2": {},
     "Qwen3": {"head_dim": 16},
+    "SmolLM3": {"no_rope_layers": [1, 0, 1]},
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
 }
 
@@ -160,6 +161,16 @@ def test_layers_whose_gradients_differ_stay_as_they_are(monkeypatch: pytest.Monk
     assert "gradients differ" in reason
     monkeypatch.undo()
     assert type(policies[1].causal_lm.model.layers[0]) is type(policies[0].causal_lm.model.layers[0])
+    assert_same(policies, batch, 0.0)
+
+
+def test_kernels_that_fail_backwards_leave_layers_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> float:
+        raise RuntimeError("no kernel image")
+
+    policies, batch = two_policies("Qwen3"), make_batch()
+    monkeypatch.setattr(fusion, "_gradients_differ", fail)
+    assert fuse_layers(policies[1].model) == "RuntimeError: no kernel image"
     assert_same(policies, batch, 0.0)
 
 

@@ -83,22 +83,35 @@ def _true(model: Any, chosen: list[Rollout]) -> list[Tensor]:
     return plain_gradients(model.cpu().double(), chosen, torch.float64)
 
 
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("share", [True, False])
-def test_gradients_in_bfloat16(share: bool, tiny_tokenizer: Any) -> None:
+def test_gradients_in_bfloat16(share: bool, fused: bool, family: str, tiny_tokenizer: Any) -> None:
     """No further from float64 than 1.5 x each sequence alone, through transformers, in bfloat16."""
-    chosen = _rollouts()
-    true = _true(_fresh("Qwen2", torch.float64), chosen)
-    alone = plain_gradients(_fresh("Qwen2", torch.bfloat16).to(DEVICE), chosen, torch.float32)
-    updater = _updater(tiny_tokenizer, share_prompts=share)
+    chosen, heads = _rollouts(), {"head_dim": 64} if family == "Qwen3" else {}
+    true = _true(_fresh(family, torch.float64, **heads), chosen)
+    alone = plain_gradients(_fresh(family, torch.bfloat16, **heads).to(DEVICE), chosen, torch.float32)
+    model = _fresh(family, torch.bfloat16, **heads)
+    updater = _updater(tiny_tokenizer, model, share_prompts=share, fused_layers=fused)
     assert updater.policy.shares == share, updater.policy.unshared
     found = step_gradients(updater, chosen)
     assert _error(found, true) <= 1.5 * _error(alone, true) + 1e-4
 
 
-def test_gradients_in_float32(tiny_tokenizer: Any) -> None:
+def test_layers_are_fused_where_nothing_else_is_said(tiny_tokenizer: Any) -> None:
+    kinds = [
+        type(_updater(tiny_tokenizer, fused_layers=asked).policy.causal_lm.model.layers[0])
+        for asked in (None, True, False)
+    ]
+    assert kinds[0] is kinds[1]
+    assert kinds[1] is not kinds[2]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_gradients_in_float32(fused: bool, tiny_tokenizer: Any) -> None:
     """No flash attention for these: sequences are packed plainly."""
     chosen = _rollouts()
-    updater = _updater(tiny_tokenizer, _fresh("Qwen2", torch.float32), dtype="float32")
+    updater = _updater(tiny_tokenizer, _fresh("Qwen2", torch.float32), dtype="float32", fused_layers=fused)
     assert _error(step_gradients(updater, chosen), _true(_fresh("Qwen2", torch.float64), chosen)) <= 1e-5
 
 

@@ -41,11 +41,11 @@ _FUSED: dict[str, Any] = {
     "qwen2": tf.Qwen2Config(**_SIZES),
     "qwen3": tf.Qwen3Config(**_SIZES, head_dim=32),
     "mistral": tf.MistralConfig(**_SIZES, sliding_window=6),
+    "smollm3": tf.SmolLM3Config(**_SIZES, no_rope_layers=[1, 1, 0]),
     "qwen3-moe": tf.Qwen3MoeConfig(**_SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
 }
 _REFUSED: dict[str, tuple[Any, str]] = {
     "granite": (tf.GraniteConfig(**_SIZES, residual_multiplier=0.3), "compute something else"),
-    "smollm3": (tf.SmolLM3Config(**_SIZES, no_rope_layers=[1, 1, 0]), "compute something else"),
     "gemma3": (tf.Gemma3TextConfig(**_SIZES, head_dim=16), "has post_feedforward_layernorm"),
     "olmo2": (tf.Olmo2Config(**_SIZES), "has post_feedforward_layernorm"),
     "phi3": (tf.Phi3Config(**_SIZES), "has qkv_proj"),

@@ -28,26 +28,34 @@ OPTIONS = {"enable_fp_fusion": False}
 def _turned(x, y, cos, sin):
     """x * cos + y * sin, each step rounded to the dtype of cos."""
     dtype: tl.constexpr = cos.dtype
-    by_cos = (x * cos.to(tl.float32)[None, :]).to(dtype).to(tl.float32)
-    by_sin = (y * sin.to(tl.float32)[None, :]).to(dtype).to(tl.float32)
+    by_cos = (x * cos.to(tl.float32)).to(dtype).to(tl.float32)
+    by_sin = (y * sin.to(tl.float32)).to(dtype).to(tl.float32)
     return (by_cos + by_sin).to(dtype)
 
 
 @triton.jit
 def _rotate(
-    p_x, p_weight, p_out, cos, sin, cos_2, sin_2, stride, eps, i_head, HEADS: tl.constexpr, SIZE: tl.constexpr,
+    p_x, p_weight, p_out, p_cos, p_sin, stride, eps, i_head, HEADS: tl.constexpr, SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The heads i_head of one token, whose queries or keys begin at p_x, and go to p_out. WIDTH >= SIZE / 2."""
+    """The heads i_head of one token, whose queries or keys begin at p_x, and go to p_out. WIDTH >= SIZE / 2.
+
+    What heads share is loaded for each of them, out of L1: as vectors it would have to be laid out again for the tiles,
+    through shared memory and barriers.
+    """
     HALF: tl.constexpr = SIZE // 2
     o = tl.arange(0, WIDTH)
     inside = (i_head < HEADS)[:, None] & (o < HALF)[None, :]
-    o_x = i_head[:, None] * stride + o[None, :]
+    o_x = i_head.to(tl.int64)[:, None] * stride + o[None, :]
+    shared = i_head[:, None] * 0 + o[None, :]
     x = tl.load(p_x + o_x, mask=inside, other=0.0).to(tl.float32)
     x_2 = tl.load(p_x + o_x + HALF, mask=inside, other=0.0).to(tl.float32)
+    cos, sin = tl.load(p_cos + shared, mask=inside, other=0.0), tl.load(p_sin + shared, mask=inside, other=0.0)
+    cos_2 = tl.load(p_cos + shared + HALF, mask=inside, other=0.0)
+    sin_2 = tl.load(p_sin + shared + HALF, mask=inside, other=0.0)
     if p_weight is not None:
-        weight = tl.load(p_weight + o, mask=o < HALF, other=0.0)[None, :]
-        weight_2 = tl.load(p_weight + o + HALF, mask=o < HALF, other=0.0)[None, :]
+        weight = tl.load(p_weight + shared, mask=inside, other=0.0)
+        weight_2 = tl.load(p_weight + shared + HALF, mask=inside, other=0.0)
         scale = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(x_2 * x_2, 1)) * (1.0 / SIZE) + eps)[:, None]
         x, x_2 = scaled(x, scale, weight).to(tl.float32), scaled(x_2, scale, weight_2).to(tl.float32)
     o_out = i_head[:, None] * SIZE + o[None, :]
@@ -69,23 +77,18 @@ def rotate_heads_kernel(
     K_BLOCKS: tl.constexpr = (KEYS + BLOCK - 1) // BLOCK
     i_row = (tl.program_id(0) // (Q_BLOCKS + K_BLOCKS)).to(tl.int64)
     i_block = tl.program_id(0) % (Q_BLOCKS + K_BLOCKS)
-    o = tl.arange(0, WIDTH)
-    half = o < SIZE // 2
     p_cos += i_row * stride_cos
     p_sin += i_row * stride_sin
-    cos, sin = tl.load(p_cos + o, mask=half, other=0.0), tl.load(p_sin + o, mask=half, other=0.0)
-    cos_2 = tl.load(p_cos + o + SIZE // 2, mask=half, other=0.0)
-    sin_2 = tl.load(p_sin + o + SIZE // 2, mask=half, other=0.0)
     if i_block < Q_BLOCKS:
         i_head = i_block * BLOCK + tl.arange(0, BLOCK)
         p_q += i_row * stride_q
         p_q_out += i_row * (QUERIES * SIZE)
-        _rotate(p_q, p_q_weight, p_q_out, cos, sin, cos_2, sin_2, stride_qh, eps, i_head, QUERIES, SIZE, WIDTH)
+        _rotate(p_q, p_q_weight, p_q_out, p_cos, p_sin, stride_qh, eps, i_head, QUERIES, SIZE, WIDTH)
     else:
         i_head = (i_block - Q_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
         p_k += i_row * stride_k
         p_k_out += i_row * (KEYS * SIZE)
-        _rotate(p_k, p_k_weight, p_k_out, cos, sin, cos_2, sin_2, stride_kh, eps, i_head, KEYS, SIZE, WIDTH)
+        _rotate(p_k, p_k_weight, p_k_out, p_cos, p_sin, stride_kh, eps, i_head, KEYS, SIZE, WIDTH)
 
 
 def tiling(queries: int, keys: int, size: int) -> dict[str, int]:

@@ -25,8 +25,8 @@ def swiglu_kernel(p_gate, p_up, p_out, stride_gate, stride_up, F: tl.constexpr, 
     o = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(p_gate + i_row * stride_gate + o, mask=o < F, other=0.0).to(tl.float32)
     up = tl.load(p_up + i_row * stride_up + o, mask=o < F, other=0.0).to(tl.float32)
-    # Not gate * sigmoid(gate), which rounds twice, nor `/`, which is approximate.
-    silu = tl.div_rn(gate, 1.0 + tl.exp(-gate)).to(dtype).to(tl.float32)
+    # One quotient, as PyTorch's silu. An exact one (div_rn) would make the kernel wait for arithmetic, not memory.
+    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
     tl.store(p_out + i_row * F + o, (silu * up).to(dtype), mask=o < F)
 
 

@@ -39,7 +39,7 @@ _FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
-    "smollm3": _Family(),
+    "smollm3": _LLAMA,
     "granite": _Family(),
     "qwen3": _Family(fuses=True, qk_norms="head"),
     "phi3": _Family(fused_qkv=True),
@@ -247,8 +247,8 @@ class _Moments:
         norm = e * 2 * hidden + 2 * _FLOAT * hidden
         rotation = e * (3 * hidden + 4 * q + 2 * k)
         product = e * (4 if self.family.fused_qkv else 3) * inner
-        if self.fused:  # rotated q and k, v, gate and up are there until the layer is done
-            residuals += e * (q + 2 * k)
+        if self.fused:  # rotated q and k, v, what attention gave, gate and up are there until the layer is done
+            residuals += e * 2 * (q + k)
             norm, rotation = 0, e * (3 * hidden + 2 * q + 3 * k)
             product += e * hidden + self._copies_product * _FLOAT * (inner + 3 * hidden)
         adapted = e * 2 * inner + self._sum + _FLOAT * hidden * (e != _FLOAT) if self._sum else 0

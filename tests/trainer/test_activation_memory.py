@@ -43,6 +43,7 @@ _FUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", {}),
     "Mistral": ("Mistral", {}),
     "Qwen2": ("Qwen2", {}),
+    "SmolLM3": ("SmolLM3", {}),
     "Qwen3": ("Qwen3", {"hidden_act": "silu"}),
     "Qwen3, GELU": ("Qwen3", {}),  # whose MLP stays as it is
 }
@@ -297,7 +298,7 @@ def test_what_is_not_known_is_refused(config: Any, dtype: torch.dtype, message: 
 
 
 def test_layers_that_are_not_known_to_fuse_are_refused() -> None:
-    with pytest.raises(ValueError, match="llama, mistral, qwen2, qwen3; those of 'phi3' are not"):
+    with pytest.raises(ValueError, match="llama, mistral, qwen2, smollm3, qwen3; those of 'phi3' are not"):
         activation_memory(_config("Phi3"), dtype=torch.float32, fused=True)
 
 

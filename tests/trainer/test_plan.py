@@ -246,7 +246,7 @@ def _seconds(device: Device, **options: Any) -> dict[str, float]:
         ("Qwen3", {}, True),
         ("Qwen3", {"torch_compile": True}, False),
         ("Qwen3", {"fused_layers": False}, False),
-        ("SmolLM3", {}, False),
+        ("SmolLM3", {}, True),
         ("Phi3", {}, False),
         ("Gemma2", {}, False),
     ],
@@ -276,10 +276,11 @@ def test_fused_layers_take_less_of_both() -> None:
 
 def test_fused_layers_that_no_run_would_have_are_said() -> None:
     config = _config(fused_layers=True)
-    shape = describe_shape(skeleton_of(_model_config("SmolLM3", _SMALL)), config)
+    shape = describe_shape(skeleton_of(_model_config("Granite", _SMALL)), config)
     [note] = plan_run(shape, config, _CPU, _LOAD).notes
     assert note == (
-        "activations are not counted: fused layers are known for llama, mistral, qwen2, qwen3; those of 'smollm3' are not"
+        "activations are not counted: fused layers are known for llama, mistral, qwen2, smollm3, qwen3; "
+        "those of 'granite' are not"
     )
 
 

@@ -154,7 +154,9 @@ def test_with_adapters_too(family: str, dtype: torch.dtype, every: int, targets:
     assert saved.bytes + _positions(batch, every) == expected
 
 
-@pytest.mark.parametrize("targets", ["none", None, ["k_proj", "v_proj", "up_proj"], ["v_proj", "o_proj", "down_proj", "gate_proj"]])
+@pytest.mark.parametrize(
+    "targets", ["none", None, ["k_proj", "v_proj", "up_proj"], ["v_proj", "o_proj", "down_proj", "gate_proj"]]
+)
 @pytest.mark.parametrize("every", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", _FUSED)

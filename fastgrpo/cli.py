@@ -115,7 +115,7 @@ def _plan(argv: list[str]) -> int:
     parser = make_parser()
     asked, rest = parser.parse_known_args(argv)
     if asked.table or asked.into:
-        return print_table(asked.into)
+        return print_table(asked, rest)
     options = _read_options(rest, "plan", own=[word for a in parser._actions for word in a.option_strings])
     if not options["model"]:
         raise ConfigError("model is required: set it in the config file or with --model")

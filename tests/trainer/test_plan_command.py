@@ -189,9 +189,15 @@ def test_a_config_file_is_enough(model: str, tmp_path: Path, capsys: pytest.Capt
         (["--model", "MODEL", "--gpu-memory", "0"], "--gpu-memory=0 must be greater than 0"),
         (["--model", "MODEL", "--gpu-memory", "-4"], "--gpu-memory=-4 must be greater than 0"),
         (["--model", "MODEL", "--gpu", ""], "--gpu= is not known"),
-        (["--model", "MODEL", "--gpu-memory", "inf"], "--gpu-memory=inf must be greater than 0, in GB, and at most 1e9"),
+        (
+            ["--model", "MODEL", "--gpu-memory", "inf"],
+            "--gpu-memory=inf must be greater than 0, in GB, and at most 1e9",
+        ),
         (["--model", "MODEL", "--max_completion_length", "99999999999"], "more than the 2,147,483,647 that a sequence"),
-        (["--table", "--gpu", "h100"], "--table is of models and GPUs of its own: it takes --into FILE alone, not --gpu"),
+        (
+            ["--table", "--gpu", "h100"],
+            "--table is of models and GPUs of its own: it takes --into FILE alone, not --gpu",
+        ),
         (["--table", "--nope", "3"], "it takes --into FILE alone, not --nope"),
         (["--table", "--json"], "it takes --into FILE alone, not --json"),
         (["--model", "MODEL", "--prompt-length", "0"], "--prompt-length=0 must be greater than 0"),

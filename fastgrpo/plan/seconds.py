@@ -83,7 +83,9 @@ class _Clock:
         length = round(load.mean)
         copies, group = (1, load.group) if self.memory.config.share_prompts else (load.group, 1)
         tokens, scored = load.prompt + group * length, group * length
-        attended = work.of(load.prompt, [length] * group) - work.per_token * tokens - work.per_scored * scored
+        first = work.of(load.prompt, [])
+        each = work.of(load.prompt, [length]) - first - (work.per_token + work.per_scored) * length
+        attended = first - work.per_token * load.prompt + group * each
         units = load.prompts * copies
         return units * tokens, units * scored, units * attended
 

@@ -138,7 +138,7 @@ def _rotate_back(
         weight_2 = tl.load(p_weight + o + HALF, mask=half, other=0.0).to(tl.float32)[None, :]
     sums = tl.zeros([BLOCK, WIDTH], tl.float32)
     sums_2 = tl.zeros([BLOCK, WIDTH], tl.float32)
-    for i in range(0, stop - first):
+    for i in range(stop - first):
         i_row = first + i  # 64 bits in the interpreter, too
         cos = tl.load(p_cos + i_row * stride_cos + o, mask=half, other=0.0).to(tl.float32)[None, :]
         sin = tl.load(p_sin + i_row * stride_sin + o, mask=half, other=0.0).to(tl.float32)[None, :]

@@ -131,7 +131,7 @@ def rms_norm_backward_kernel(
     if BLOCK >= D:
         weight = _loaded(p_weight, o, o < D)
         sums = tl.zeros([BLOCK], tl.float32)
-        for i in range(0, stop - first):
+        for i in range(stop - first):
             i_row = first + i  # 64 bits in the interpreter, too
             x = _loaded(p_x + i_row * stride_x, o, o < D)
             grad = _loaded(p_grad + i_row * stride_grad, o, o < D)
@@ -146,7 +146,7 @@ def rms_norm_backward_kernel(
         if p_parts is not None:
             tl.store(p_parts + o, sums, mask=o < D)
     else:
-        for i in range(0, stop - first):
+        for i in range(stop - first):
             i_row = first + i  # 64 bits in the interpreter, too
             squares = tl.zeros([BLOCK], tl.float32)
             products = tl.zeros([BLOCK], tl.float32)

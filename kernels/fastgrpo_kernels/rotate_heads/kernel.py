@@ -179,14 +179,14 @@ def _rotate_back(
 def rotate_heads_backward_kernel(
     p_grad_q, p_grad_k, p_cos, p_sin, p_q, p_k, p_q_weight, p_k_weight, p_q_out, p_k_out, p_parts,
     stride_gq, stride_gqh, stride_gk, stride_gkh, stride_cos, stride_sin, stride_q, stride_qh, stride_k, stride_kh,
-    eps, rows, run, QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, Q_BLOCK: tl.constexpr,
-    K_BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    eps, rows, run, QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Gradients of rotated q [rows, QUERIES, SIZE] and k [rows, KEYS, SIZE] -> of q and k, contiguous.
 
     p_q to p_k_weight: all None, or what is normalised before it turns. p_parts: None, or [programs, 2, SIZE] fp32, each
-    program's sums for both weights. Q_BLOCK, K_BLOCK heads at a time, WIDTH >= SIZE / 2, powers of two. Grid:
-    (cdiv(rows, run),): run tokens a program.
+    program's sums for both weights. BLOCK heads at a time, WIDTH >= SIZE / 2, powers of two. Grid: (cdiv(rows, run),):
+    run tokens a program.
     """
     first = tl.program_id(0).to(tl.int64) * run
     stop = tl.minimum(first + run, rows)
@@ -196,19 +196,12 @@ def rotate_heads_backward_kernel(
         p_k_parts = p_parts + SIZE
     _rotate_back(
         p_grad_q, p_q, p_q_weight, p_cos, p_sin, p_q_out, p_parts, stride_gq, stride_gqh, stride_q, stride_qh,
-        stride_cos, stride_sin, eps, first, stop, QUERIES, SIZE, WIDTH, Q_BLOCK,
+        stride_cos, stride_sin, eps, first, stop, QUERIES, SIZE, WIDTH, BLOCK,
     )  # fmt: skip
     _rotate_back(
         p_grad_k, p_k, p_k_weight, p_cos, p_sin, p_k_out, p_k_parts, stride_gk, stride_gkh, stride_k, stride_kh,
-        stride_cos, stride_sin, eps, first, stop, KEYS, SIZE, WIDTH, K_BLOCK,
+        stride_cos, stride_sin, eps, first, stop, KEYS, SIZE, WIDTH, BLOCK,
     )  # fmt: skip
-
-
-def backward_tiling(queries: int, keys: int, size: int) -> dict[str, int]:
-    width = triton.next_power_of_2(size // 2)
-    q_block, k_block = (min(triton.next_power_of_2(max(1, n)), MAX_TILE // width) for n in (queries, keys))
-    warps = max(1, max(q_block, k_block) * width // PER_WARP)
-    return {"Q_BLOCK": q_block, "K_BLOCK": k_block, "WIDTH": width, "num_warps": warps}
 
 
 def backward(
@@ -231,7 +224,7 @@ def backward(
         rotate_heads_backward_kernel[(grid,)](
             grad_q, grad_k, cos, sin, q, k, *weights, q_out, k_out, parts,
             *grad_q.stride()[:2], *grad_k.stride()[:2], cos.stride(0), sin.stride(0), *strides, eps, rows, run,
-            QUERIES=queries, KEYS=keys, SIZE=size, **backward_tiling(queries, keys, size),
+            QUERIES=queries, KEYS=keys, SIZE=size, **tiling(queries, keys, size),
         )  # fmt: skip
     return q_out, k_out, cos.new_empty(0) if parts is None else sum_parts(parts, cos.dtype).view(2, size)
 
@@ -264,7 +257,7 @@ def _backward_spec(dtype: str, queries: int, keys: int, size: int, norm: bool) -
     normed = ("p_q", "p_k", "p_q_weight", "p_k_weight")
     tensors = ("p_grad_q", "p_grad_k", "p_cos", "p_sin", "p_q_out", "p_k_out", *(normed if norm else ()))
     strides = ("gq", "gqh", "gk", "gkh", "cos", "sin", "q", "qh", "k", "kh")
-    chosen = backward_tiling(queries, keys, size)
+    chosen = tiling(queries, keys, size)
     num_warps = chosen.pop("num_warps")
     return KernelSpec(
         name=f"rotate_heads_backward_{dtype}_{queries}_{keys}x{size}{'_norm' if norm else ''}",

@@ -21,8 +21,8 @@ def _parser() -> argparse.ArgumentParser:
         "ours is wrong (peers may be), when --compare finds ours worse, or when --readme --check finds a difference.",
     )
     add = parser.add_argument
-    add("--suite", nargs="+", choices=_SUITES, default=[*_SUITES], metavar="SUITE", help=f"of {', '.join(_SUITES)}")
-    add("--peer", nargs="+", default=[], metavar="PEER", help="only these and ours (--list names them)")
+    add("--suite", nargs="+", action="extend", choices=_SUITES, metavar="SUITE", help=f"of {', '.join(_SUITES)}")
+    add("--peer", nargs="+", action="extend", metavar="PEER", help="only these and ours (--list names them)")
     add("--case", default="", metavar="WORD", help="only the cases whose name contains this")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add(
@@ -35,11 +35,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--cpu-time", action="store_true", help="count no turns that other programs had, on a busy machine")
     add("--full", action="store_true", help="the large sizes as well")
     add("--results", type=Path, metavar="DIR", help="write DIR/<op>.json, such as benchmarks/results/cpu-2core")
-    add("--list", action="store_true", help="the cases, not run")
-    add("--report", type=Path, nargs="?", const=Path("benchmark-report"), metavar="DIR", help="draw results into DIR")
-    add("--from", type=Path, dest="source", default=_RESULTS, metavar="PATH", help="what --report draws")
-    add("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="two results, files or folders")
-    add("--readme", action="store_true", help="write the tables and pictures of README.md from benchmarks/results")
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead("--list", action="store_true", help="the cases, not run")
+    instead(
+        "--report", type=Path, nargs="?", const=Path("benchmark-report"), metavar="DIR", help="draw results into DIR"
+    )
+    add("--from", type=Path, dest="source", metavar="PATH", help="what --report draws (default benchmarks/results)")
+    instead("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="two results, files or folders")
+    instead("--readme", action="store_true", help="write the tables and pictures of README.md from benchmarks/results")
     add("--check", action="store_true", help="with --readme: write nothing, say what differs")
     return parser
 
@@ -52,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--threads: expected at least 1, got {options.threads}")
     if options.check and not options.readme:
         parser.error("--check goes with --readme")
+    if options.source and not options.report:
+        parser.error("--from goes with --report")
+    if options.results and (options.list or options.report or options.compare or options.readme):
+        parser.error("--results is for what is run, and nothing is run here")
     if options.compare:
         from benchmarks.compare import report as compare
 
@@ -63,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.report:
         from benchmarks.report import build
 
-        print(build(options.source, options.report))
+        print(build(options.source or _RESULTS, options.report))
         return 0
     return _run(options)
 
@@ -82,10 +89,10 @@ def _run(options: argparse.Namespace) -> int:
     os.environ["FASTGRPO_BENCH_DEVICE"] = device
     from benchmarks import registry, runner
 
-    if unknown := [peer for peer in options.peer if peer not in registry.PEERS]:
+    if unknown := [peer for peer in options.peer or () if peer not in registry.PEERS]:
         raise ValueError(f"--peer: unknown {unknown[0]!r}; there are {', '.join(registry.PEERS)}")
-    choice = registry.Choice(options.peer, options.full, options.case)
-    suites = [suite for suite in registry.SUITES if suite in options.suite]
+    choice = registry.Choice(options.peer or (), options.full, options.case)
+    suites = [suite for suite in registry.SUITES if suite in (options.suite or _SUITES)]
     on_stages = [suite for suite in suites if device == "cuda" and suite not in registry.ON_A_GPU]
     suites = [suite for suite in suites if suite not in on_stages]
     cases = choice.of_suites(suites)

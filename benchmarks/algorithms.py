@@ -27,8 +27,10 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from benchmarks import results
+from benchmarks.command import end, positive, writable
 from fastgrpo.algorithms import ALGORITHMS
 from fastgrpo.charts import Chart, Series, draw, moving_mean, number
+from fastgrpo.errors import RunError
 
 _EXAMPLES = Path(__file__).parents[1] / "examples"
 _STAGES = ("rollout", "reward", "prepare", "update", "critic")
@@ -39,11 +41,11 @@ _OPTIONS = {"ppo": {"critic_learning_rate": 1e-3}}
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.algorithms", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=_seed, nargs="+", default=[0])
     parser.add_argument("--only", choices=ALGORITHMS, nargs="+", default=list(ALGORITHMS))
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=positive, default=100)
     options = parser.parse_args(argv)
-    model = _warm_model(options.out / "model")
+    model = _warm_model(writable(options.out) / "model")
     rows = []
     for seed, algorithm in itertools.product(options.seeds, options.only):
         folder = options.out / f"{algorithm}-{seed}"
@@ -52,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps({k: v for k, v in rows[-1].items() if k != "curve"}), flush=True)
     write(options.out, rows)
     (options.out / "algorithms.svg").write_text(figure(rows), encoding="utf-8")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, got {text!r}")
+    return int(text)
 
 
 def write(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -78,7 +86,8 @@ def _train(folder: Path, model: Path, options: dict[str, Any]) -> None:
     given = fixed | options | _OPTIONS.get(options["algorithm"], {}) | {"disable_progress": "true"}
     flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "fastgrpo", "train", str(_EXAMPLES / "arithmetic.yaml"), *flags]
-    subprocess.run(command, check=True)
+    if code := subprocess.run(command).returncode:
+        raise RunError(f"{folder}: its training ended with exit code {code}; what it said stands above")
 
 
 def read_row(folder: Path, algorithm: str, seed: int) -> dict[str, Any]:
@@ -139,4 +148,4 @@ def _panel(axis: str, curves: dict[str, dict[str, np.ndarray]]) -> Chart:
 
 
 if __name__ == "__main__":
-    main()
+    end(main)

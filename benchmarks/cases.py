@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.command import end, positive
+
 OURS = "fastgrpo"
 """The peer that the others are compared with."""
 
@@ -119,12 +121,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cases", description=main.__doc__)
     parser.add_argument("module", help="such as benchmarks.test_update")
     parser.add_argument("-k", dest="word", default="", help="only the sizes that contain this")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--cpu-time", action="store_true", help="count no turns that other programs had")
     arguments = parser.parse_args()
     module = importlib.import_module(arguments.module)
+    if not hasattr(module, "CASES"):
+        parser.error(f"{arguments.module} has no CASES")
     every = [*module.CASES, *getattr(module, "MORE", [])]
     chosen = [case for case in every if arguments.word in case.size and not case.absent]
+    if not chosen:
+        parser.error(f"-k {arguments.word}: no such size in {arguments.module}")
     for size, group in groupby(chosen, key=lambda case: case.size):
         cases = list(group)
         seconds = interleaved(cases, arguments.rounds, time.process_time if arguments.cpu_time else time.perf_counter)
@@ -142,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end(main)

@@ -68,9 +68,25 @@ def _by_case(files: list[results.Results]) -> dict[str, results.Row]:
     return {json.dumps([row["case"], row["op"], row["peer"], row["params"]]): row for row in rows}
 
 
+def _machine(files: list[results.Results]) -> str:
+    """Devices and clocks, without what changes from one minute to the next."""
+    found = set()
+    for file in files:
+        device = file.header["device"]
+        if isinstance(device, dict):
+            device = ", ".join(f"{name} {value}" for name, value in device.items() if name != "load_average_1min")
+        found.add(f"{device}, {file.header.get('timer') or 'an unknown clock'}")
+    return " and ".join(sorted(found))
+
+
 def report(before: Path, after: Path) -> int:
     """Print the changes, bad ones first; 1 if ours became worse anywhere."""
     found = sorted(compare(before, after), key=lambda change: not change.bad)
+    old, new = results.load(before), results.load(after)
+    if (here := _machine(old)) != (there := _machine(new)):
+        print(f"measured in two ways: {before} on {here}; {after} on {there}")
+    if alone := len(_by_case(old).keys() ^ _by_case(new).keys()):
+        print(f"left out: {alone} cases that are in one of the two alone")
     width = max((len(change.case) for change in found), default=0)
     for change in found:
         print(f"{change.kind:8}{change.case:{width}}  {change.text}")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks.command import end, positive, writable
 from benchmarks.kernel_table import SHARED_LIMIT, Row, in_processes, inspect
+from fastgrpo.files import atomic_write
 from fastgrpo_kernels.decode_attention import kernel as decode
 from fastgrpo_kernels.grpo_loss import kernel as loss
 from fastgrpo_kernels.head.exp_gemm import config as tiles
@@ -205,14 +206,21 @@ def surviving(path: Path, family: str, arch: str) -> list[Config]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    """ValueError for a file of anything else."""
+    if not path.exists():
+        return []
+    try:
+        found: list[dict[str, Any]] = json.loads(path.read_text())
+        for row in found:
+            row["family"], row["arch"], row["config"], row["why"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} holds no candidates: {error}") from error
     return found
 
 
 def _write(path: Path, found: list[dict[str, Any]]) -> None:
     """A line a candidate."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in found) + "\n]\n")
+    atomic_write(path, "[\n" + ",\n".join(json.dumps(row) for row in found) + "\n]\n")
 
 
 def space_rows(path: Path = RESULTS) -> list[list[str]]:
@@ -240,11 +248,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [family.name for family in FAMILIES]
     parser.add_argument("--families", nargs="+", choices=names, default=names)
     parser.add_argument("--arch", nargs="+", choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: one a core")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes; default: one a core")
     parser.add_argument("--write", type=Path, metavar="PATH", default=RESULTS, help="these rows are renewed there")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
+    writable(args.write.parent)
+    _read(args.write)  # what cannot be read is told before hours of compiling
     made = []
     for row in in_processes(judge, list(candidates(args.families, args.arch)), args.jobs):
         print(row["family"], row["arch"], row["config"], row["why"] or f"{row['blocks']} blocks", flush=True)
@@ -255,4 +265,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -27,6 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import end, writable
+from fastgrpo.errors import RunError
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -86,15 +89,19 @@ def launch(stage: Stage, args: argparse.Namespace, seconds: float, paths: list[s
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             return f"stopped after {seconds:.0f} s"
+        finally:  # Ctrl-C and SIGTERM do not reach another session by themselves
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     return None if code == 0 else f"exit {code}: {log.read_text()[-2000:]}"
 
 
 def unpack(wheels: Path, target: str) -> None:
+    """RunError where pip cannot."""
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
-    subprocess.run([*command, "--target", target, *map(str, sorted(wheels.glob("*.whl")))], check=True)
+    if subprocess.run([*command, "--target", target, *map(str, sorted(wheels.glob("*.whl")))]).returncode:
+        raise RunError(f"--wheels {wheels}: pip could not unpack them")
 
 
 def suite(args: argparse.Namespace) -> dict[str, Any]:
@@ -104,8 +111,7 @@ def suite(args: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.gpu.predictions import attach
     from benchmarks.results import _commit, common
 
-    args.out = args.out.resolve()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.out = writable(args.out.resolve())
     deadline = time.monotonic() + 60 * args.minutes
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     header = {"commit": _commit(), "versions": versions(), "device": args.device, "date": date, "small": args.small}
@@ -171,6 +177,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def _sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__.splitlines()[0])
     names = [stage.name for stage in STAGES]
@@ -187,6 +199,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.device == "cpu" and not args.small:
         parser.error("--device cpu goes with --small: these shapes take hours there")
+    if not 0 < args.minutes < float("inf"):
+        parser.error(f"--minutes: expected more than 0, got {args.minutes:g}")
+    if args.wheels and not any(args.wheels.glob("*.whl")):
+        parser.error(f"--wheels: no wheels in {args.wheels}")
+    if args.device == "cuda" and not _sees_gpu():
+        parser.error("--device cuda: torch sees no GPU here; --device cpu --small runs the same code")
     found = suite(args)
     print(table(found["results"]))
     said = faults(found)
@@ -196,4 +214,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import end, positive, writable
 from benchmarks.small_model import SMALL, make_tokenizer
 from fastgrpo.config import GRPOConfig
 from fastgrpo.optim import Optimizer
@@ -159,12 +160,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planned")
     parser.add_argument("--model", choices=list(SIZES), default="100M")
     for name, default in (("prompts", 2), ("group", 4), ("prompt", 100), ("completion", 100), ("microbatch", 16384)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=positive, default=default)
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     for flag in ("--checkpoint", "--lora", "--reference"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    if given.json:
+        writable(given.json.parent)
     config = GRPOConfig(
         num_prompts_per_step=given.prompts,
         num_generations=given.group,
@@ -193,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end(main)

@@ -25,6 +25,7 @@ Row = dict[str, Any]
 FOLDER = Path(__file__).parent / "results"
 """A folder of files for each machine."""
 
+_ROW = {"case", "op", "peer", "params", "ms", "peak_bytes", "correct"}
 _PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "fastgrpo")
 
 
@@ -82,19 +83,47 @@ class Results:
 
 
 def load(path: Path) -> list[Results]:
-    """A results file, or every one below a folder, in order. ValueError where there is none."""
+    """A results file, or every one below a folder, in order. ValueError where there is none, or one that is broken."""
     files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
     found = []
     for file in files:
         try:
-            content = json.loads(file.read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            content = json.loads(file.read_text(), parse_constant=_no_number)
+            if isinstance(content, dict) and isinstance(rows := content.pop("results", None), list):
+                found.append(Results(file.absolute().parent.name, content, _checked(content, rows)))
+        except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read as results: {error}") from error
-        if isinstance(content, dict) and isinstance(rows := content.pop("results", None), list):
-            found.append(Results(file.parent.name, content, [common(r) for r in rows]))
     if not found:
         raise ValueError(f"no results in {path}")
     return found
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no result")
+
+
+def _checked(header: dict[str, Any], rows: list[Any]) -> list[Row]:
+    """The rows in their common form. ValueError where what tables, pictures and comparisons need is not there."""
+    if lacks := {"commit", "date", "versions", "device"} - header.keys():
+        raise ValueError(f"it does not say its {min(lacks)}")
+    if not rows:
+        raise ValueError("it has no rows")
+    found = []
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict) or not row.keys() >= _ROW or not isinstance(row["params"], dict):
+            raise ValueError(f"row {i} is not one: it must have {', '.join(sorted(_ROW))}")
+        found.append(common(row))
+        ms, peak = found[-1]["ms"], found[-1]["peak_bytes"]
+        times = [ms.get(name) for name in ("median", "p20", "p80")] if isinstance(ms, dict) else []
+        if ms is not None and not (times and all(_is_number(time) and time > 0 for time in times)):
+            raise ValueError(f"row {i} ({row['case']}): ms={ms} are no times")
+        if peak is not None and not (_is_number(peak) and peak >= 0):
+            raise ValueError(f"row {i} ({row['case']}): peak_bytes={peak} is no size")
+    return found
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and isfinite(x)
 
 
 def common(row: Row) -> Row:

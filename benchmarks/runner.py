@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,10 @@ from rich.table import Table
 
 from benchmarks import results
 from benchmarks.cases import OURS
+from benchmarks.command import writable
 from benchmarks.registry import SUITES, Choice
 from benchmarks.tables import cells, size
+from fastgrpo.files import atomic_write
 
 _HERE = Path(__file__).parent
 
@@ -55,9 +58,10 @@ class Watch:
 def run(suites: Sequence[str], choice: Choice, folder: Path | None, timer: str) -> int:
     """Run the suites' cases by pytest-benchmark in this process; 1 when one of ours is wrong or fails, else 0.
 
-    timer: what pytest-benchmark times with on a CPU, a function's name. Stopped by Ctrl-C, it shows and keeps what it
-    has.
+    timer: what pytest-benchmark times with on a CPU, a function's name. Stopped by Ctrl-C or SIGTERM, it shows and
+    keeps what it has, and the code is 128 + signal. Where results cannot be kept, ValueError or OSError comes first.
     """
+    earlier = _earlier(folder, {case.op for case in choice.of_suites(suites)}) if folder else {}
     modules = [str(_HERE / f"{module}.py") for suite in suites for module in SUITES[suite] if choice.of_name(module)]
     with tempfile.TemporaryDirectory() as kept:
         arguments = ["-c", str(_HERE.parent / "pyproject.toml"), "-p", "no:cacheprovider", "--benchmark-only"]
@@ -69,22 +73,50 @@ def run(suites: Sequence[str], choice: Choice, folder: Path | None, timer: str) 
             f"--peers={','.join(choice.peers)}",
         ]
         said = io.StringIO()
-        with _progress() as bar, contextlib.redirect_stdout(said):
+        with _progress() as bar, contextlib.redirect_stdout(said), _terminable() as signals:
             watch = Watch(bar)
             code = pytest.main([*arguments, *(["--full"] if choice.full else [])], plugins=[watch])
+        stopped = 128 + (signals or [signal.SIGINT])[0] if code == pytest.ExitCode.INTERRUPTED else 0
         if not any(Path(kept).iterdir()):
-            print(said.getvalue())
-            return 1
+            print("stopped before there was a result" if stopped else said.getvalue())
+            return stopped or 1
         rows = [row for found in results.load(Path(kept)) for row in found.rows]
         if folder:
-            shutil.copytree(kept, folder, dirs_exist_ok=True)
+            for file in Path(kept).iterdir():
+                atomic_write(folder / file.name, file.read_text())
     console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(table(rows))
     for failure in watch.failures:
         console.print(failure, markup=False, style="red")
     if folder:
         console.print(f"results: {folder}")
-    return 130 if code == pytest.ExitCode.INTERRUPTED else int(code)
+    for op in dict.fromkeys(row["op"] for row in rows):
+        if gone := earlier.get(op, set()) - {row["case"] for row in rows}:
+            console.print(f"{op}.json: {len(gone)} rows of an earlier run are no longer in it", markup=False)
+    return stopped or int(code)
+
+
+def _earlier(folder: Path, ops: set[str]) -> dict[str, set[str]]:
+    """The cases in the files that will be replaced, by op; the folder is made, and can be written into."""
+    files = {op: writable(folder) / f"{op}.json" for op in ops}
+    there = {op: results.load(file) for op, file in files.items() if file.exists()}
+    return {op: {row["case"] for found in files for row in found.rows} for op, files in there.items()}
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[list[int]]:
+    """SIGTERM ends it as Ctrl-C does, so that processes and folders go as well; the signals that came."""
+    came: list[int] = []
+
+    def stop(signum: int, _: object) -> None:
+        came.append(signum)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -54,8 +54,13 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in commands:
         print(f"fastgrpo: error: unknown command {argv[0]!r}{nearest(argv[0], list(commands))}", file=sys.stderr)
         return 2
+    return guarded(lambda: commands[argv[0]](argv[1:]))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """A command's exit code; 2 for an expected error, which is told in one line on stderr."""
     try:
-        return commands[argv[0]](argv[1:])
+        return command()
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -115,7 +120,7 @@ def _plan(argv: list[str]) -> int:
     parser = make_parser()
     asked, rest = parser.parse_known_args(argv)
     if asked.table or asked.into:
-        return print_table(asked.into)
+        return print_table(asked, rest)
     options = _read_options(rest, "plan", own=[word for a in parser._actions for word in a.option_strings])
     if not options["model"]:
         raise ConfigError("model is required: set it in the config file or with --model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,6 +14,7 @@ import yaml
 from benchmarks import algorithms
 from benchmarks.algorithms import figure, read_row
 from fastgrpo.config import GRPOConfig
+from fastgrpo.errors import RunError
 
 
 def _run(folder: Path, steps: int, seconds: float, critic: float | None) -> Path:
@@ -65,6 +67,25 @@ def test_the_command_trains_reads_and_draws(tmp_path: Path, monkeypatch: pytest.
     assert [(row["peer"], row["params"]["seed"]) for row in written["results"]] == [t[:2] for t in trained]
     assert {"commit", "date", "device", "versions"} <= written.keys()
     assert "against seconds" in (tmp_path / "algorithms.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"), [(["--steps", "0"], "above 0, got '0'"), (["--seeds", "0", "-1"], "0 or more, got '-1'")]
+)
+def test_numbers_that_are_none(
+    arguments: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        algorithms.main(["--out", str(tmp_path / "out"), *arguments])
+    assert ended.value.code == 2
+    assert word in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(RunError, match="its training ended with exit code 1"):
+        algorithms._train(tmp_path, tmp_path, {"algorithm": "grpo"})
 
 
 def test_the_figure_has_a_curve_of_the_seeds_mean_in_each_panel(tmp_path: Path) -> None:

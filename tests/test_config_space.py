@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,17 @@ def test_the_file_has_every_candidate_of_the_code() -> None:
         for name, config, arch in config_space.candidates([f.name for f in FAMILIES], list(SHARED_LIMIT))
     ]
     assert sorted(rows) == sorted(wanted)
+
+
+@pytest.mark.parametrize("text", ["[", "[1]", '[{"family": "exp_gemm"}]', '{"a": 1}'])
+def test_a_file_of_anything_else_is_refused_before_compiling(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "space.json").write_text(text)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"space\.json holds no candidates"):
+        config_space.main(["--jobs", "1", "--write", str(tmp_path / "space.json")])
+    assert (tmp_path / "space.json").read_text() == text
 
 
 def test_what_is_launched_survives_and_comes_first() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from benchmarks import gpu_suite
 from benchmarks.gpu import predictions, rollout, update, update_cases
 from benchmarks.gpu.bench import Bench
+from fastgrpo.errors import RunError
 from fastgrpo.packing import pack
 
 UNPREDICTED = {"numerics", "backends", "sweep", "best", "memory", "lasting", "peak", "run"}
@@ -93,6 +96,54 @@ def test_suite_runs_stages_in_processes(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_stage_that_does_not_end_is_stopped(tmp_path: Path) -> None:
     args = argparse.Namespace(out=tmp_path, device="cpu", small=True)
     assert gpu_suite.launch(gpu_suite.STAGES[0], args, 0.05, []) == "stopped after 0 s"
+
+
+def test_a_stage_ends_with_the_suite_that_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in a session of its own, where Ctrl-C does not reach it."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def interrupted(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if not started:
+            started.append(process)
+            raise KeyboardInterrupt
+        return wait(process, timeout)
+
+    wait = subprocess.Popen.wait
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    args = argparse.Namespace(out=tmp_path, device="cpu", small=True)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_suite.launch(gpu_suite.STAGES[0], args, 60, [])
+    assert started[0].returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--device", "cpu"], "--device cpu goes with --small"),
+        (["--device", "cpu", "--small", "--minutes", "nan"], "--minutes: expected more than 0"),
+        (["--device", "cpu", "--small", "--wheels", "nowhere"], "--wheels: no wheels in nowhere"),
+        (["--device", "cuda"], "torch sees no GPU here"),
+    ],
+)
+def test_mistakes_are_told_before_a_stage_runs(
+    arguments: list[str],
+    word: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        gpu_suite.main(["--out", str(tmp_path / "out"), *arguments])
+    assert ended.value.code == 2
+    assert word in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_wheels_that_pip_cannot_unpack(tmp_path: Path) -> None:
+    (tmp_path / "no-wheel.whl").touch()
+    with pytest.raises(RunError, match="pip could not unpack them"):
+        gpu_suite.unpack(tmp_path, str(tmp_path / "site"))
 
 
 def _found(row: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,19 @@ from fastgrpo_kernels.head.plan import DEVICE_GRADIENTS, DEVICE_GRADIENTS_FROZEN
 
 _PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 _N = 32768
+
+
+@pytest.mark.parametrize("page", ["missing.md", "page.md"])
+def test_a_page_without_markers_stays_as_it_is(page: str, tmp_path: Path) -> None:
+    """One line, exit code 2: as of every command of the benchmarks."""
+    pytest.importorskip("triton", reason="the space of configurations is of Triton's kernels")
+    (tmp_path / "page.md").write_text("words\n")
+    arguments = [sys.executable, "-m", "benchmarks.gpu.predictions", "--write", str(tmp_path / page)]
+    done = subprocess.run(arguments, cwd=_PAGE.parents[1], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert ("no markers of required" if page == "page.md" else "missing.md") in line
+    assert (tmp_path / "page.md").read_text() == "words\n"
 
 
 def test_the_page_is_what_the_command_writes() -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import results
 from benchmarks.clock import peak_tensor_bytes
+from benchmarks.command import end, writable
 from benchmarks.gpu.bench import Bench, Row
 from benchmarks.gpu.rollout import Job, make_policy
 from benchmarks.gpu.update_cases import shapes
@@ -255,7 +256,7 @@ def _predicted(plan: Plan) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.algorithms", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where ppo_against_grpo.json goes")
-    out = parser.parse_args().out
+    out = writable(parser.parse_args().out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench("algorithms", Path(folder), device, small=False)
@@ -277,4 +278,4 @@ def _as_peers(row: Row) -> Row:
 
 
 if __name__ == "__main__":
-    main()
+    end(main)

@@ -164,3 +164,27 @@ def _layer_ops(bench: Bench) -> None:
     }
     for op, run in runs.items():
         bench.attempt("small_ops", op, "fastgrpo", {"N": rows}, partial(bench.times, [run], rounds=31))
+    _layer_backwards(bench)
+
+
+def _layer_backwards(bench: Bench) -> None:
+    """Those of an update of Qwen2.5-0.5B, whose norms train; the forward's graph is kept."""
+    rows, width, (queries, keys, size), inner = 4 if bench.small else 16_384, 896, (14, 2, 64), 4864
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=bench.device).bfloat16().requires_grad_()
+
+    states, heads = (
+        (leaf(rows, width), leaf(rows, width), leaf(width)),
+        (leaf(rows, queries, size), leaf(rows, keys, size)),
+    )
+    gates = leaf(rows, inner), leaf(rows, inner)
+    angles = leaf(rows, size).detach(), leaf(rows, size).detach()
+    made: dict[str, tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]] = {
+        "add_rms_norm_backward": (add_rms_norm(*states, eps=1e-6), states),
+        "rotate_heads_backward": (rotate_heads(*heads, *angles), heads),
+        "swiglu_backward": ((swiglu(*gates),), gates),
+    }
+    for op, (out, leaves) in made.items():
+        run = partial(torch.autograd.grad, out, leaves, [torch.randn_like(x) for x in out], retain_graph=True)
+        bench.attempt("small_ops", op, "fastgrpo", {"N": rows}, partial(bench.times, [run], rounds=31))

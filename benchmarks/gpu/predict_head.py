@@ -150,6 +150,9 @@ SMALL_OPS = {
     "add_rms_norm": (1, 4 * 2 * 896),
     "rotate_heads": (1, 2 * (2 * 16 + 2) * 64),
     "swiglu": (1, 3 * 2 * 4864),
+    "add_rms_norm_backward": (2, 4 * 2 * 896 + 8 * 896 // 16),  # fp32 sums of 16 tokens, written and read
+    "rotate_heads_backward": (1, 2 * (2 * 16 + 2) * 64),
+    "swiglu_backward": (1, 5 * 2 * 4864),
 }
 """Operators that the host runs, times `HOST_OP`; bytes a token, of a layer's ops in bf16 at Qwen2.5-0.5B's sizes."""
 

@@ -10,12 +10,12 @@ the tuning plan, as docs/performance.md has them. Nothing here was measured on a
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import command
 from benchmarks.gpu import attention, head, passes, predict_head, predict_rollout, predict_update, rollout, update
 from benchmarks.gpu.head_cases import SIZES
 from benchmarks.gpu.machine import H200, Machine, Prediction, gemm, in_ms
@@ -265,7 +265,7 @@ def written(page: str) -> str:
         before, found, rest = page.partition(begin)
         _, closed, after = rest.partition(end)
         if not (found and closed):
-            raise ValueError(f"no markers of {name} in the page")
+            raise ValueError(f"no markers of {name} in the page: {begin.strip()} ... {end}")
         page = before + begin + text + end + after
     return page
 
@@ -282,4 +282,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.end(main)

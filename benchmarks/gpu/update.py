@@ -315,7 +315,8 @@ def _checkpointed(bench: Bench, shape: Shape, work: Workload, every: int) -> Row
     )
     chosen = rollouts(shape, work)
     found = _step(bench, updater, chosen)
-    formula = activation_memory(updater.policy.causal_lm.config, dtype=updater.policy.dtype)
+    fused = bench.device.type == "cuda"  # as the options have it, unasked
+    formula = activation_memory(updater.policy.causal_lm.config, dtype=updater.policy.dtype, fused=fused)
     scored = sum(r.num_tokens for r in chosen)
     found["predicted_bytes"] = formula.peak(int(found["tokens"]), num_scored=scored, checkpoint_every=every)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +47,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def print_table(into: Path | None) -> int:
-    """The table of what fits, to the screen or into a file."""
+def print_table(asked: argparse.Namespace, rest: Sequence[str]) -> int:
+    """The table of what fits, to the screen or into a file. ConfigError for arguments that it takes no heed of."""
+    into: Path | None = asked.into
+    named = ("gpu", "gpu_memory", "prompt_length", "mean_length")
+    others = [f"--{name.replace('_', '-')}" for name in named if getattr(asked, name) is not None]
+    if others := [*others, *(["--json"] if asked.json else []), *rest]:
+        raise ConfigError(f"--table is of models and GPUs of its own: it takes --into FILE alone, not {others[0]}")
     from fastgrpo.plan.table import make_table, write_table
 
     if into is None:
@@ -76,9 +81,9 @@ def run(asked: argparse.Namespace, model: str, config: GRPOConfig) -> int:
 
 def pick_device(gpu: str | None, gigabytes: float | None, config: GRPOConfig) -> Device:
     """What `--gpu` and `--gpu-memory` name, else where the run would be: the GPU that is here, or the CPU."""
-    if gigabytes is not None and not gigabytes > 0:
-        raise ConfigError(f"--gpu-memory={gigabytes:g} must be greater than 0")
-    name = gpu.lower() if gpu else None
+    if gigabytes is not None and not 0 < gigabytes <= 1e9:
+        raise ConfigError(f"--gpu-memory={gigabytes:g} must be greater than 0, in GB, and at most 1e9")
+    name = None if gpu is None else gpu.lower()
     if name not in (None, "cpu", *GPUS):
         known = [*GPUS, "cpu"]
         raise ConfigError(f"--gpu={gpu} is not known{nearest(str(name), known)}; there are {', '.join(known)}")

@@ -8,7 +8,7 @@ from typing import Any
 from fastgrpo.config import ConfigError, GRPOConfig
 from fastgrpo.gpus import Device
 from fastgrpo.plan.planner import plan_run
-from fastgrpo.plan.records import Plan, Workload
+from fastgrpo.plan.records import LONGEST, Plan, Workload
 from fastgrpo.plan.shapes import describe_shape
 
 _STEP = 256
@@ -42,7 +42,7 @@ class Planning:
         low = self.workload.prompt + self.workload.longest
         if not self.plan(**changes, max_tokens_per_microbatch=low).fits:
             return None
-        high = self.plan(**changes, max_tokens_per_microbatch=1 << 40).inputs["microbatch_tokens"]
+        high = self.plan(**changes, max_tokens_per_microbatch=LONGEST).inputs["microbatch_tokens"]
         if self.plan(**changes, max_tokens_per_microbatch=high).fits:
             return int(high)
         while high - low > _STEP:

@@ -17,7 +17,7 @@ from fastgrpo.plan.records import CUDA_CONTEXT, PARTS, ModelBytes, Plan, Workloa
 from fastgrpo.plan.rollouts import RolloutMemory, rollout_memory
 from fastgrpo.plan.seconds import predict_seconds
 from fastgrpo.plan.shapes import ModelShape
-from fastgrpo.policy.memory import ActivationMemory, activation_memory
+from fastgrpo.policy.memory import ActivationMemory, activation_memory, can_fuse
 from fastgrpo.rollout.engine import choose_engine
 from fastgrpo_kernels.head.plan import HeadPlan, HeadProblem, head_bytes, plan_head
 
@@ -54,6 +54,7 @@ def plan_run(
         "trainable": shape.trainable.numbers,
         "dtype": str(memory.dtype).removeprefix("torch."),
         "gradient_checkpointing": memory.checkpoint_every,
+        "fused_layers": memory.fused,
         "microbatch_tokens": tokens,
         "microbatch_scored": scored,
         "engine": memory.engine,
@@ -112,10 +113,18 @@ class MemoryPlanner:
         return choose_engine(self.config.rollout_engine, "cuda" if self.device.is_gpu else "cpu")[0]
 
     @cached_property
+    def fused(self) -> bool:
+        """Do the update's layers run fused, as `load_policy` has it? Unasked on a GPU where they can."""
+        if self.config.fused_layers is None:
+            return self.device.is_gpu and not self.config.torch_compile and can_fuse(self.shape.config)
+        return self.config.fused_layers
+
+    @cached_property
     def _known(self) -> tuple[ActivationMemory | None, str | None]:
+        on_cpu = not self.device.is_gpu
         try:
             known = activation_memory(
-                self.shape.config, dtype=self.dtype, adapters=self.shape.lora, on_cpu=not self.device.is_gpu
+                self.shape.config, dtype=self.dtype, adapters=self.shape.lora, on_cpu=on_cpu, fused=self.fused
             )
         except ValueError as error:
             return None, f"activations are not counted: {error}"

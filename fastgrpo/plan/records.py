@@ -14,6 +14,9 @@ CUDA_CONTEXT = 800_000_000
 FRAGMENTATION = 0.1
 """Assumed share that the caching allocator holds beside what comes and goes: rounding, and holes that nothing fits."""
 
+LONGEST = (1 << 31) - 1
+"""Tokens of a packed batch at most: its positions are int32."""
+
 PARTS = ("weights", "reference", "gradients", "optimizer", "activations", "head", "cache", "batch")
 """What memory goes to, in the order of every table."""
 
@@ -35,6 +38,11 @@ class Workload:
         for name in ("prompts", "group", "prompt", "longest", "mean"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        if self.prompt + self.longest > LONGEST:
+            raise ValueError(
+                f"a prompt of {self.prompt} and a completion of {self.longest} tokens are more than the {LONGEST:,} "
+                "that a sequence may have"
+            )
         if self.mean > self.longest:
             raise ValueError(f"the mean length of a completion, {self.mean:g}, is above the longest, {self.longest}")
 
@@ -50,7 +58,7 @@ class Workload:
         A sequence longer than the budget goes alone; fewer tokens than the budget are one micro-batch.
         """
         alone = self.prompt + self.longest
-        budget = max(config.max_tokens_per_microbatch, alone)
+        budget = min(max(config.max_tokens_per_microbatch, alone), LONGEST)
         prompts = prompts or -(-self.prompts // config.num_minibatches)
         together = 1
         if config.share_prompts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -93,14 +93,15 @@ def key_shape(config: Any, dtype: torch.dtype) -> KeyShape:
 def slab_bytes(keys: KeyShape, rows: int, workload: Workload) -> int:
     """Slabs for `rows` completions that grow to the longest side by side, found by letting them."""
     cache = SlabCache(keys, rows=rows, longest_prompt=workload.prompt, longest_completion=workload.longest)
-    groups = [Group(token_ids=[0] * workload.prompt) for _ in range(-(-rows // workload.group))]
+    prompt = cast("list[int]", range(workload.prompt))  # their number alone counts
+    groups = [Group(token_ids=prompt) for _ in range(-(-rows // workload.group))]
     cache.add_prompts(groups)
     members = [Row(group=groups[i // workload.group]) for i in range(rows)]
     for row in members:
         cache.add_row(row)
     length, last = 0, workload.longest - 1  # the newest token is not among the keys
     while length < last:
-        step = min(SMALLEST, last - length)
+        step = min(max(SMALLEST, length), last - length)  # to the end of the next class
         cache.completions.grow(members, step)
         length += step
     return cache.nbytes

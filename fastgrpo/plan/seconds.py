@@ -28,6 +28,9 @@ COPY_RATE = 0.85
 FORWARD_TRAFFIC, UPDATE_TRAFFIC = 2.0, 6.0
 """How often a byte that a layer keeps is moved: written and read; and with a backward."""
 
+FUSED_FORWARD_TRAFFIC, FUSED_UPDATE_TRAFFIC = 1.2, 3.0
+"""The same of fused layers, by the bytes that a layer of Qwen2.5 moves between its products."""
+
 LAYER_KERNELS, ADAPTER_KERNELS, KERNEL_SECONDS = 25, 5, 2.5e-6
 """Kernels of a decoding layer, of an adapter beside it, and what one costs whatever its size, in a CUDA graph."""
 
@@ -80,7 +83,9 @@ class _Clock:
         length = round(load.mean)
         copies, group = (1, load.group) if self.memory.config.share_prompts else (load.group, 1)
         tokens, scored = load.prompt + group * length, group * length
-        attended = work.of(load.prompt, [length] * group) - work.per_token * tokens - work.per_scored * scored
+        first = work.of(load.prompt, [])
+        each = work.of(load.prompt, [length]) - first - (work.per_token + work.per_scored) * length
+        attended = first - work.per_token * load.prompt + group * each
         units = load.prompts * copies
         return units * tokens, units * scored, units * attended
 
@@ -89,6 +94,13 @@ class _Clock:
         """Bytes that the layers keep per token: what they write."""
         known = self.memory.activations
         return known.layer * known.num_layers if known else 0.0
+
+    @property
+    def _traffic(self) -> tuple[float, float]:
+        """How often those bytes are moved, without and with a backward."""
+        if self.memory.fused:
+            return FUSED_FORWARD_TRAFFIC, FUSED_UPDATE_TRAFFIC
+        return FORWARD_TRAFFIC, UPDATE_TRAFFIC
 
     @property
     def _again(self) -> float:
@@ -102,7 +114,7 @@ class _Clock:
         tokens, scored, attended = self._batch
         work = self.memory.shape.work
         products = work.per_token * tokens + work.per_scored * scored * with_head
-        return self._gemm(products) + self._attention(attended) + self._copy(FORWARD_TRAFFIC * self._kept * tokens)
+        return self._gemm(products) + self._attention(attended) + self._copy(self._traffic[0] * self._kept * tokens)
 
     def update(self, *, with_head: bool) -> float:
         """Forward and backward of the whole batch; frozen weights want no gradient, checkpointed layers run twice."""
@@ -112,7 +124,8 @@ class _Clock:
         _, plan = self.memory.problem(self.memory.microbatch[1], differentiable=True)
         products = work.per_token * tokens * passes + work.per_scored * scored * plan.gemms * with_head
         attention = self._attention(attended * (1 + ATTENTION_BACKWARD + again))
-        traffic = (UPDATE_TRAFFIC + again * FORWARD_TRAFFIC) * self._kept * tokens
+        once, trained = self._traffic
+        traffic = (trained + again * once) * self._kept * tokens
         return self._gemm(products) + attention + self._copy(traffic)
 
     def optimizer(self) -> float:

@@ -22,34 +22,39 @@ _FLOAT, _INDEX = 4, 8  # bytes of fp32 and int64, which do not follow the model'
 class _Family:
     """Where a decoder differs from Llama's.
 
+    fuses:      its layers run as `fastgrpo.layers` has them, where that is asked for.
     qk_norms:   a norm of queries and keys, by "head" or over the "row" of all heads.
     fused_qkv:  values are a view of one projection of q, k and v, which so is kept whole beside the rotated q and k.
     late_norms: norms come after attention and MLP, multiply their weight in fp32, as the rotary table is.
     """
 
+    fuses: bool = False
     qk_norms: str | None = None
     fused_qkv: bool = False
     late_norms: bool = False
 
 
-_LLAMA = _Family()
+_LLAMA = _Family(fuses=True)
 _FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "smollm3": _LLAMA,
-    "granite": _LLAMA,
-    "qwen3": _Family(qk_norms="head"),
+    "granite": _Family(),
+    "qwen3": _Family(fuses=True, qk_norms="head"),
     "phi3": _Family(fused_qkv=True),
     "olmo2": _Family(qk_norms="row", late_norms=True),
 }
+
+_FUSING = [name for name, family in _FAMILIES.items() if family.fuses]
 
 # The linear layers of a decoder layer, those that read the same tensor together.
 _LINEARS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 _FUSED_LINEARS = (("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",))
 
 # What these save for the backward is their input, beside their output, which the product with `up` saves.
-_ACTIVATIONS = {"silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh"}
+_SILU = {"silu", "swish"}  # alone they are fused with the product
+_ACTIVATIONS = _SILU | {"gelu", "gelu_new", "gelu_pytorch_tanh"}
 
 # Dropout keeps a mask and a second copy, in training alone.
 _DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
@@ -129,36 +134,43 @@ class ActivationMemory:
 
 
 def activation_memory(
-    config: Any, *, dtype: torch.dtype, adapters: Adapters | None = None, on_cpu: bool = False
+    config: Any, *, dtype: torch.dtype, adapters: Adapters | None = None, on_cpu: bool = False, fused: bool = False
 ) -> ActivationMemory:
     """The formula's numbers for a model of the transformers config `config`, run in `dtype`.
 
     adapters: what trains in place of all weights. on_cpu: where sums of two dtypes, as adapters make, copy a summand.
+    fused: with `fused_layers`, for configs that `can_fuse` names.
     Dense decoders only: llama, mistral, qwen2, qwen3, smollm3, granite, phi3, olmo2; float32, bfloat16, float16.
     Raises ValueError with the reason for every other model, activation, dropout or dtype: nothing is guessed.
     """
     config = config.get_text_config()
     family = _family(config, dtype)
+    if fused and not family.fuses:
+        raise ValueError(f"fused layers are known for {', '.join(_FUSING)}; those of {config.model_type!r} are not")
     e, hidden, inner = dtype.itemsize, config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     q, k = heads * head_dim, (config.num_key_value_heads or heads) * head_dim
-    # A norm keeps its input in fp32, 1 / rms per row, and, for its weight's gradient, what the weight multiplies.
+    # A norm keeps its input in fp32, 1 / rms per row, and, for its weight's gradient, what the weight multiplies; fused
+    # its input as it is.
     normed = 0 if adapters else _FLOAT if family.late_norms else e
 
     def norm(width: int, rows: int = 1) -> int:
         return (_FLOAT + normed) * width + _FLOAT * rows
 
+    def layer_norm(width: int, rows: int = 1) -> int:
+        return e * width if fused else norm(width, rows)
+
     rows = (heads, k // head_dim) if family.qk_norms == "head" else (1, 1)
-    qk_norms = (norm(q, rows[0]), norm(k, rows[1])) if family.qk_norms else (0, 0)
+    qk_norms = (layer_norm(q, rows[0]), layer_norm(k, rows[1])) if family.qk_norms else (0, 0)
     attention = e * 2 * (q + k) + _FLOAT * heads + sum(qk_norms) + e * (q + k) * family.fused_qkv
-    mlp = e * 3 * inner  # gate, its activation, up
-    layer = 2 * norm(hidden) + attention + mlp + _inputs(family, e, hidden, q, inner, adapters)
+    mlp = e * (2 if fused and config.hidden_act in _SILU else 3) * inner  # gate, its activation, up
+    layer = 2 * layer_norm(hidden) + attention + mlp + _inputs(family, e, hidden, q, inner, adapters)
     rotary_dim = int(head_dim * ((getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor") or 1))
     rotary = 2 * rotary_dim * (_FLOAT if family.late_norms else e)
     # The layer's input is one of the tensors it saves, unless a norm reads it first and has to make it fp32.
-    saves_input = family.late_norms or dtype == torch.float32
-    moments = _Moments(family, e, hidden, inner, adapters, on_cpu)
+    saves_input = fused or family.late_norms or dtype == torch.float32
+    moments = _Moments(family, e, hidden, inner, adapters, on_cpu, fused)
     return ActivationMemory(
         layer=layer,
         checkpoint=e * hidden,
@@ -169,8 +181,13 @@ def activation_memory(
         scored_row=e * hidden + _INDEX,
         num_layers=config.num_hidden_layers,
         forward=moments.forward(q, k) + 2 * _INDEX + rotary,
-        unneeded=_unneeded(adapters, 0 if family.late_norms else norm(hidden), qk_norms),
+        unneeded=_unneeded(adapters, 0 if family.late_norms else layer_norm(hidden), qk_norms, fused),
     )
+
+
+def can_fuse(config: Any) -> bool:
+    """Are layers of this transformers config known to run fused? Of others `fused_layers` asks the model itself."""
+    return config.get_text_config().model_type in _FUSING
 
 
 def _inputs(family: _Family, e: int, hidden: int, q: int, inner: int, adapters: Adapters | None) -> int:
@@ -187,11 +204,14 @@ def _inputs(family: _Family, e: int, hidden: int, q: int, inner: int, adapters: 
     return kept
 
 
-def _unneeded(adapters: Adapters | None, norm: int, qk_norms: tuple[int, int]) -> int:
+def _unneeded(adapters: Adapters | None, norm: int, qk_norms: tuple[int, int], fused: bool) -> int:
     """What norms of the first layer would keep for a gradient of frozen embeddings, which nobody wants."""
     if adapters is None:
         return 0
-    return norm + sum(n for n, name in zip(qk_norms, ("q_proj", "k_proj"), strict=True) if not adapters.among((name,)))
+    adapted = [adapters.among((name,)) for name in ("q_proj", "k_proj")]
+    if fused:  # one op for both
+        adapted = [sum(adapted)] * 2
+    return norm + sum(n for n, some in zip(qk_norms, adapted, strict=True) if not some)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +224,7 @@ class _Moments:
     inner: int
     adapters: Adapters | None
     on_cpu: bool
+    fused: bool
 
     @property
     def _sum(self) -> int:
@@ -214,6 +235,11 @@ class _Moments:
         width = self.inner * (1 + self.family.fused_qkv)
         return _FLOAT * width * (2 + (self.on_cpu and self.e != _FLOAT))  # scaled; the sum; its summand in fp32
 
+    @property
+    def _copies_product(self) -> bool:
+        """Does an adapter of the last product read it in fp32, in a model that is not?"""
+        return self.e != _FLOAT and self.adapters is not None and bool(self.adapters.among(("down_proj",)))
+
     def forward(self, q: int, k: int) -> int:
         """Of a forward without gradients, where results are dropped when they have been read, at most."""
         e, hidden, inner = self.e, self.hidden, self.inner
@@ -221,6 +247,10 @@ class _Moments:
         norm = e * 2 * hidden + 2 * _FLOAT * hidden
         rotation = e * (3 * hidden + 4 * q + 2 * k)
         product = e * (4 if self.family.fused_qkv else 3) * inner
+        if self.fused:  # rotated q and k, v, what attention gave, gate and up are there until the layer is done
+            residuals += e * 2 * (q + k)
+            norm, rotation = 0, e * (3 * hidden + 2 * q + 3 * k)
+            product += e * hidden + self._copies_product * _FLOAT * (inner + 3 * hidden)
         adapted = e * 2 * inner + self._sum + _FLOAT * hidden * (e != _FLOAT) if self._sum else 0
         return max(norm, rotation, residuals + max(product, adapted))
 

@@ -9,6 +9,26 @@ from pathlib import Path
 import pytest
 
 from benchmarks import planned
+from fastgrpo.config import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "word"),
+    [
+        (["--prompts", "0"], SystemExit, "2"),
+        (["--group", "1"], ConfigError, "num_generations=1"),
+        (["--json", "FILE/x.json"], FileExistsError, "FILE"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(
+    arguments: list[str], error: type[BaseException], word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "FILE").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["planned", *arguments])
+    monkeypatch.setattr(planned, "measure", None)
+    with pytest.raises(error, match=word):
+        planned.main()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak")

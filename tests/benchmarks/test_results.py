@@ -76,6 +76,35 @@ def test_what_is_no_results_file_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"ms": {"median": float("nan"), "p20": 1.0, "p80": 1.0}}, "NaN is no result"),
+        ({"ms": {"median": 0.0, "p20": 1.0, "p80": 1.0}}, "are no times"),
+        ({"ms": {"median": 1.0}}, "are no times"),
+        ({"ms": 1.0}, "are no times"),
+        ({"peak_bytes": "many"}, "peak_bytes=many is no size"),
+        ({"params": None}, "row 0 is not one"),
+    ],
+)
+def test_rows_that_are_none_are_named(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = _write(tmp_path / "cpu", [_row(OURS, 1.0) | changed])
+    with pytest.raises(ValueError, match=rf"ops\.json cannot be read as results: .*{message}"):
+        results.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [({"results": []}, "it does not say its commit"), (None, "it has no rows"), ({"results": [1]}, "its commit")],
+)
+def test_files_without_rows_or_a_header(content: Any, message: str, tmp_path: Path) -> None:
+    file = _write(tmp_path / "cpu", []) / "ops.json"
+    if content is not None:
+        file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        results.load(file)
+
+
+@pytest.mark.parametrize(
     ("ms", "peak", "kinds"),
     [
         (11.9, None, []),  # its p20 of 10.7 is below the p80 of 11 before
@@ -97,7 +126,8 @@ def test_compare_says_what_became_worse(tmp_path: Path, capsys: pytest.CaptureFi
     before = _write(tmp_path / "a", [_row("trl", 20.0), _row(OURS, 10.0), _row("gone", 1.0)])
     after = _write(tmp_path / "b", [_row("trl", 30.0), _row(OURS, 15.0)])
     assert main(["--compare", str(before), str(after)]) == 1
-    first, second, last = capsys.readouterr().out.splitlines()
+    alone, first, second, last = capsys.readouterr().out.splitlines()
+    assert alone == "left out: 1 cases that are in one of the two alone"
     assert first.startswith("slower")
     assert "10 -> 15 ms (+50%)" in first
     assert second.startswith("slower")
@@ -105,6 +135,12 @@ def test_compare_says_what_became_worse(tmp_path: Path, capsys: pytest.CaptureFi
     assert last == "beyond the spread: 1 of ours worse, 0 better; 1 of the peers' changed"
     assert main(["--compare", str(after), str(before)]) == 0
     assert main(["--compare", str(before), str(before)]) == 0
+    text = (before / "ops.json").read_text()
+    (_write(tmp_path / "d", []) / "ops.json").write_text(text.replace("some CPU", "another"))
+    capsys.readouterr()
+    assert main(["--compare", str(before), str(tmp_path / "d")]) == 0
+    first, _ = capsys.readouterr().out.splitlines()
+    assert re.match(r"measured in two ways: .*/a on cpu some CPU, .*/d on cpu another, cores 2", first)
     with pytest.raises(ValueError, match="no case in common"):
         compare.compare(before, _write(tmp_path / "c", [_row("other", 1.0)]))
 

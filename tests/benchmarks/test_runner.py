@@ -23,6 +23,13 @@ from benchmarks.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
 
+_STOPPED = """
+import fastgrpo_kernels, os, signal, sys
+fastgrpo_kernels.gae = lambda *args, **options: os.kill(os.getpid(), signal.SIGTERM)
+from benchmarks.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
 
 def _bench(*arguments: str, program: list[str]) -> subprocess.CompletedProcess[str]:
     """Free of this test's own pytest: under xdist, pytest-benchmark does not time."""
@@ -62,6 +69,32 @@ def test_a_wrong_op_of_ours_is_an_error_and_has_no_time(tmp_path: Path) -> None:
     assert "is wrong, so it is not timed" in done.stdout
 
 
+def test_what_was_measured_before_sigterm_is_kept(tmp_path: Path) -> None:
+    """The peer's row; the rows of an earlier run that it replaces are told."""
+    earlier = json.loads((_ROOT / "benchmarks" / "results" / "cpu-2core" / "gae.json").read_text())
+    (tmp_path / "gae.json").write_text(json.dumps(earlier))
+    done = _bench(*_SUITE, "--results", str(tmp_path), program=["-c", _STOPPED])
+    assert done.returncode == 143, done.stderr
+    [naive] = json.loads((tmp_path / "gae.json").read_text())["results"]
+    assert naive["ms"] is not None
+    assert "gae.json: 1 rows of an earlier run are no longer in it" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["gae.json"]
+    done = _bench(*_SUITE, "--peer", "fastgrpo", "--results", str(tmp_path), program=["-c", _STOPPED])
+    assert (done.returncode, done.stdout.strip()) == (143, "stopped before there was a result")
+    assert json.loads((tmp_path / "gae.json").read_text())["results"] == [naive]
+
+
+@pytest.mark.parametrize(("name", "word"), [("file", "File exists"), ("results", "gae.json cannot be read as results")])
+def test_results_that_cannot_be_kept_are_no_reason_to_measure(name: str, word: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "gae.json").write_text('{"results": [')
+    done = _bench("bench", *_SUITE, "--results", str(tmp_path / name), program=["-m", "fastgrpo"])
+    assert done.returncode == 2
+    [line] = done.stderr.strip().splitlines()
+    assert word in line
+
+
 def test_suites_are_named_the_same_in_both_places() -> None:
     """The parser must not import torch, so it has their names itself."""
     from benchmarks.__main__ import _SUITES
@@ -85,7 +118,18 @@ def test_mistakes_are_one_line(arguments: list[str], word: str, capsys: pytest.C
     assert word in line
 
 
-@pytest.mark.parametrize("arguments", [["--suite", "opps"], ["--threads", "0"], ["--check"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--suite", "opps"],
+        ["--threads", "0"],
+        ["--check"],
+        ["--from", "somewhere"],
+        ["--list", "--readme"],
+        ["--compare", "a", "b", "--report"],
+        ["--results", "somewhere", "--list"],
+    ],
+)
 def test_options_that_do_not_parse(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["bench", *arguments])
@@ -103,4 +147,8 @@ def test_without_a_clone_it_says_so(
 
 def test_the_list_names_cases(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--list", "--device", "cpu", *_SUITE[:4]]) == 0
-    assert capsys.readouterr().out.split() == ["gae[S=128,N=32768]-naive", "gae[S=128,N=32768]-fastgrpo"]
+    names = ["gae[S=128,N=32768]-naive", "gae[S=128,N=32768]-fastgrpo"]
+    assert capsys.readouterr().out.split() == names
+    twice = ["--suite", "ops", "--suite", "memory", "--case", "gae", "--peer", "naive", "--peer", "trl"]
+    assert cli.main(["bench", "--list", "--device", "cpu", *twice]) == 0
+    assert capsys.readouterr().out.split() == names

@@ -19,6 +19,7 @@ ANY_FLOAT = frozenset({"p_old", "p_ref", "p_sampling", "p_advantage", "p_bias", 
 
 COVERED = frozenset(
     {"exp_gemm_all", "exp_gemm_flagged", "target_logit_kernel", "single_read_kernel", "coefficients_kernel"}
+    | {"rms_norm_backward_kernel", "rotate_heads_backward_kernel"}
 )
 """Kernels listed with their optional arguments: a launch may leave out tensors and options of one that is listed."""
 

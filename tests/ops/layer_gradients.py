@@ -73,7 +73,8 @@ def assert_gradients_as_exact(op: Op, given: dict[str, Any], upstream: list[Tens
     want = exact_gradients(op, given, upstream)
     theirs = errors(gradients(op.theirs, given, upstream), want, given)
     for name, error in errors(gradients(op.run, given, upstream), want, given).items():
-        slack = torch.finfo(compute_dtype(given[name])).eps
+        # Norms are fp32's in float64, too: the errors of few numbers are then those of a few roundings.
+        slack = torch.finfo(torch.float32 if given.get("eps") is not None else compute_dtype(given[name])).eps
         assert error <= 1.5 * theirs[name] + slack, f"{name} is off by {error:.2g}, transformers' by {theirs[name]:.2g}"
 
 

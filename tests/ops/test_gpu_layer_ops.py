@@ -20,6 +20,7 @@ from .layer_cases import (
     make_heads,
     make_norm,
 )
+from .layer_gradients import assert_gradients_as_exact, assert_gradients_spoil_their_row, gradients, upstream_of
 from .test_gpu_ops import assert_equal, assert_repeats, compilations, no_sync, replayed
 
 pytestmark = pytest.mark.gpu
@@ -124,3 +125,83 @@ def large(rows: int, last: Tensor) -> Tensor:
 def test_compiled_whole(name: str) -> None:
     given = OPS[name].make(33, torch.bfloat16, "cuda")
     assert_equal(list(torch.compile(OPS[name].run, fullgraph=True)(**given)), run(name, given))
+
+
+@ALL
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 33, 3000])
+def test_gradients_against_float64(rows: int, dtype: torch.dtype, name: str) -> None:
+    """Of 3,000 rows each program takes several, of 33 one."""
+    for size in sizes(name):
+        assert_gradients_as_exact(OPS[name], OPS[name].make(rows, dtype, "cuda", **size))
+
+
+def gradient_case(name: str, rows: int) -> tuple[dict[str, Any], list[Tensor | None]]:
+    given = OPS[name].make(rows, torch.bfloat16, "cuda", **sizes(name)[2])
+    return given, [*upstream_of(OPS[name], given)]
+
+
+def found(name: str, given: dict[str, Any], upstream: list[Tensor | None], run: Any = None) -> list[Tensor]:
+    gradient = gradients(run or OPS[name].run, given, upstream)
+    return [x for x in gradient.values() if x is not None]
+
+
+@ALL
+def test_gradients_repeat_bitwise(name: str) -> None:
+    given, upstream = gradient_case(name, 5000)
+    assert_repeats(lambda: found(name, given, upstream))
+
+
+@ALL
+def test_gradients_do_not_wait(name: str) -> None:
+    given, upstream = gradient_case(name, 33)
+    found(name, given, upstream)
+    with no_sync():
+        found(name, given, upstream)
+
+
+@ALL
+def test_gradients_of_other_rows_compile_nothing(name: str) -> None:
+    found(name, *gradient_case(name, 64))
+    with compilations() as seen:
+        for rows in (1, 2, 17, 512, 1000, 5000):
+            found(name, *gradient_case(name, rows))
+    assert not seen
+
+
+@ALL
+def test_gradients_captured_in_a_graph(name: str) -> None:
+    given, upstream = gradient_case(name, 1500)
+    graph, outputs = replayed(lambda: found(name, given, upstream))
+    for _ in range(2):
+        for x in (*given.values(), *upstream):
+            if isinstance(x, Tensor):
+                x.copy_(x.flip(0) * 0.9)
+        graph.replay()
+        assert_equal(outputs, found(name, given, upstream))
+
+
+@ALL
+def test_gradients_compiled_whole(name: str) -> None:
+    given, upstream = gradient_case(name, 33)
+    compiled = torch.compile(OPS[name].run, fullgraph=True)
+    assert_equal(found(name, given, upstream, compiled), found(name, given, upstream))
+
+
+@ALL
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_nan_spoils_its_row_s_gradients(bad: float, name: str) -> None:
+    assert_gradients_spoil_their_row(OPS[name], bad, "cuda")
+
+
+@pytest.mark.parametrize("name", ["add_rms_norm", "rotate_heads", "swiglu"])
+def test_gradients_of_rows_past_2_to_the_31(name: str) -> None:
+    """Backwards' ops alone: the gradients of the last rows are those of the last rows alone."""
+    small, above = gradient_case(name, 16)
+    rows = (1 << 31) // next(iter(small.values()))[0].numel() + 16
+    given = {n: x if not isinstance(x, Tensor) or x.ndim == 1 else large(rows, x) for n, x in small.items()}
+    wide = [None if g is None else large(rows, g) for g in above]
+    wanted = [n for n in ("x", "q", "k", "gate", "up") if n in given]
+    want = gradients(OPS[name].run, small, above, wanted)
+    for n, got in gradients(OPS[name].run, given, wide, wanted).items():
+        assert torch.equal(got[-16:], want[n])  # type: ignore[index, arg-type]

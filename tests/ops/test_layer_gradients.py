@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -106,6 +107,15 @@ def test_what_is_kept() -> None:
         if name != "add_rms_norm":  # whose sum is an output
             given = {x.data_ptr() for x in leaves.values() if isinstance(x, Tensor)}
             assert {x.data_ptr() for x in tensors} <= given, name
+
+
+def test_what_transformers_has_kept() -> None:
+    """In half precision, of a number: norms an fp32 copy and the normalised; gates, what comes of one, too."""
+    T, D, F = 5, 96, 72
+    for name, size in {"add_rms_norm": 6 * T * D + 4 * T + 2 * D, "swiglu": 6 * T * F}.items():
+        op = OPS[name]
+        _, tensors = saved_bytes(replace(op, run=op.theirs), tracked(op.make(T, torch.bfloat16)))
+        assert sum({(x.data_ptr(), x.dtype): x.numel() * x.element_size() for x in tensors}.values()) == size, name
 
 
 def test_one_tensor_serves_two() -> None:

@@ -15,8 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from fastgrpo.packing import pack
 from fastgrpo.policy import Policy
 from fastgrpo.policy.attention import register
-from fastgrpo.policy.memory import ActivationMemory, Adapters, activation_memory
+from fastgrpo.policy.fusion import fuse_layers
+from fastgrpo.policy.memory import ActivationMemory, Adapters, activation_memory, can_fuse
 from fastgrpo.records import PackedBatch, Prompt, Rollout
+from fastgrpo_kernels import vocabulary
 
 # No two widths alike, so that a tensor taken for another one shows.
 _SIZES = {
@@ -36,6 +38,14 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "Granite": {"residual_multiplier": 0.5, "embedding_multiplier": 2.0},
     "Phi3": {"head_dim": 16, "partial_rotary_factor": 0.5},
     "Olmo2": {"head_dim": 16},
+}
+_FUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("Llama", {}),
+    "Mistral": ("Mistral", {}),
+    "Qwen2": ("Qwen2", {}),
+    "SmolLM3": ("SmolLM3", {}),
+    "Qwen3": ("Qwen3", {"hidden_act": "silu"}),
+    "Qwen3, GELU": ("Qwen3", {}),  # whose MLP stays as it is
 }
 # (prompt length, completion lengths)
 _GROUPS = [(7, [3, 5, 4]), (6, [2, 8]), (1, [6])]
@@ -63,6 +73,12 @@ def _adapted(policy: Policy, every: int, targets: str | list[str] = "all-linear"
         policy.model.enable_input_require_grads()
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=5, target_modules=targets)
     return Policy(peft.get_peft_model(policy.model, lora).train(), None)
+
+
+def _fused(policy: Policy) -> Policy:
+    assert fuse_layers(policy.model.eval()) is None
+    policy.model.train()
+    return policy
 
 
 def _batch(groups: list[tuple[int, list[int]]] = _GROUPS, *, share: bool = True) -> PackedBatch:
@@ -138,6 +154,48 @@ def test_with_adapters_too(family: str, dtype: torch.dtype, every: int, targets:
     assert saved.bytes + _positions(batch, every) == expected
 
 
+@pytest.mark.parametrize(
+    "targets", ["none", None, ["k_proj", "v_proj", "up_proj"], ["v_proj", "o_proj", "down_proj", "gate_proj"]]
+)
+@pytest.mark.parametrize("every", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", _FUSED)
+def test_fused_layers_keep_less(kind: str, dtype: torch.dtype, every: int, targets: Any) -> None:
+    family, options = _FUSED[kind]
+    config, batch = _config(family, **options), _batch()
+    policy, adapters = _policy(config, dtype, every), None
+    if targets != "none":
+        policy = _adapted(policy, every, targets or "all-linear")
+        adapters = Adapters(5, None if targets is None else frozenset(targets))
+    saved = _Saved(_fused(policy), batch)
+    kept, eager = (
+        activation_memory(config, dtype=dtype, adapters=adapters, fused=fused).kept(
+            len(batch.input_ids), num_scored=len(batch.target), checkpoint_every=every
+        )
+        for fused in (True, False)
+    )
+    assert saved.bytes + _positions(batch, every) == kept
+    if adapters is None and every != 1:
+        assert kept < eager
+
+
+@pytest.mark.parametrize("family", _FAMILIES)
+def test_the_families_that_fuse_are_those_whose_layers_do(family: str) -> None:
+    config = _config(family)
+    assert can_fuse(config) == (fuse_layers(_policy(config, torch.float32, 0).model.eval()) is None)
+
+
+def test_a_fused_layer_in_numbers() -> None:
+    """By hand: e * (4 D + 2 (Hq + Hkv) d + 3 F) + 4 Hq, and Qwen3's queries and keys before their norms."""
+    sizes = _SIZES | {"hidden_act": "silu"}
+    found = [
+        activation_memory(made(**sizes), dtype=torch.bfloat16, fused=True).layer
+        for made in (transformers.LlamaConfig, transformers.Qwen3Config)
+    ]
+    llama = 2 * (4 * 96 + 2 * 8 * 24 + 3 * 168) + 4 * 6
+    assert found == [llama, llama + 2 * 8 * 24]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", _FAMILIES)
 def test_what_a_layer_keeps_and_what_its_checkpoint_holds_already(family: str, dtype: torch.dtype) -> None:
@@ -181,16 +239,29 @@ def _live_bytes(policy: Policy, batch: PackedBatch) -> tuple[int, int, int]:
 @pytest.mark.parametrize("every", [0, 1, 2])
 @pytest.mark.parametrize("width", [200, 384])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["Qwen3", "Phi3"])
-def test_the_allocator_agrees(family: str, dtype: torch.dtype, width: int, every: int, adapted: bool) -> None:
+@pytest.mark.parametrize("kind", ["Qwen3", "Phi3", "Qwen3, fused"])
+def test_the_allocator_agrees(
+    kind: str, dtype: torch.dtype, width: int, every: int, adapted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the narrow MLP the peak is in the final norm, unless a layer is recomputed or adapted."""
+    family, _, fused = kind.partition(", ")
     sizes = {"hidden_size": 64, "intermediate_size": width, "num_attention_heads": 4, "head_dim": 16}
-    config = _config(family, max_position_embeddings=1024, **sizes)
+    options = {"hidden_act": "silu"} if fused else {}
+    config = _config(family, max_position_embeddings=1024, **sizes, **options)
     batch = _batch([(300, [200, 180, 190])])
-    memory = activation_memory(config, dtype=dtype, adapters=Adapters(5) if adapted else None, on_cpu=True)
+    adapters = Adapters(5) if adapted else None
+    memory = activation_memory(config, dtype=dtype, adapters=adapters, on_cpu=True, fused=bool(fused))
     tokens, scored = len(batch.input_ids), len(batch.target)
     policy = _policy(config, dtype, every)
-    between, peak, forward = _live_bytes(_adapted(policy, every) if adapted else policy, batch)
+    if adapted:
+        policy = _adapted(policy, every)
+    if fused:
+        _fused(policy)
+        # Backwards on a CPU work in blocks, of 2 MB else: as much as all that is here, where kernels need nothing.
+        monkeypatch.setattr(vocabulary, "BLOCK_ELEMENTS", 1 << 10)
+    # oneDNN packs the factors of a product in 16 bits.
+    with torch.backends.mkldnn.flags(enabled=not fused):
+        between, peak, forward = _live_bytes(policy, batch)
     assert 0.98 * tokens * memory.forward <= forward <= tokens * memory.forward
     # The sum is there in place of the scored states.
     kept = memory.kept(tokens, num_scored=scored, checkpoint_every=every) - scored * memory.scored_row
@@ -226,6 +297,11 @@ def test_the_peak_adds_the_layer_that_is_recomputed_last() -> None:
 def test_what_is_not_known_is_refused(config: Any, dtype: torch.dtype, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         activation_memory(config, dtype=dtype)
+
+
+def test_layers_that_are_not_known_to_fuse_are_refused() -> None:
+    with pytest.raises(ValueError, match="llama, mistral, qwen2, smollm3, qwen3; those of 'phi3' are not"):
+        activation_memory(_config("Phi3"), dtype=torch.float32, fused=True)
 
 
 @pytest.mark.parametrize(

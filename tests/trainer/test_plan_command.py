@@ -155,6 +155,15 @@ def test_gpus_by_the_name_that_cuda_gives(cuda: str, name: str | None) -> None:
     assert gpu_of(cuda) == (GPUS[name] if name else None)
 
 
+@pytest.mark.parametrize("gpu", ["h100", "cpu"])
+def test_absurd_sizes_take_no_time(gpu: str, record: Any) -> None:
+    """What a plan takes to make does not grow with the batch, or with the tokens that rollouts keep."""
+    plan, code = record("--gpu", gpu, "--num_generations", "1000000000000", "--prompt-length", "1000000")
+    assert code == 1
+    assert plan["inputs"]["group"] == 10**12
+    assert plan["peak"] > 10**15
+
+
 def test_vllm_takes_its_share(record: Any) -> None:
     plan, _ = record("--gpu", "h200", "--rollout_engine", "vllm", "--vllm_args", "{gpu_memory_utilization: 0.5}")
     assert plan["phases"]["rollout"]["cache"] == 141_000_000_000 // 2
@@ -179,6 +188,18 @@ def test_a_config_file_is_enough(model: str, tmp_path: Path, capsys: pytest.Capt
         (["--model", "MODEL", "--gpu", "h2000"], "--gpu=h2000 is not known, did you mean 'h200'?"),
         (["--model", "MODEL", "--gpu-memory", "0"], "--gpu-memory=0 must be greater than 0"),
         (["--model", "MODEL", "--gpu-memory", "-4"], "--gpu-memory=-4 must be greater than 0"),
+        (["--model", "MODEL", "--gpu", ""], "--gpu= is not known"),
+        (
+            ["--model", "MODEL", "--gpu-memory", "inf"],
+            "--gpu-memory=inf must be greater than 0, in GB, and at most 1e9",
+        ),
+        (["--model", "MODEL", "--max_completion_length", "99999999999"], "more than the 2,147,483,647 that a sequence"),
+        (
+            ["--table", "--gpu", "h100"],
+            "--table is of models and GPUs of its own: it takes --into FILE alone, not --gpu",
+        ),
+        (["--table", "--nope", "3"], "it takes --into FILE alone, not --nope"),
+        (["--table", "--json"], "it takes --into FILE alone, not --json"),
         (["--model", "MODEL", "--prompt-length", "0"], "--prompt-length=0 must be greater than 0"),
         (["--model", "MODEL", "--mean-length", "-1"], "--mean-length=-1 must be greater than 0"),
         (["--model", "MODEL", "--mean-length", "999"], "--mean-length=999 is above max_completion_length=256"),

@@ -3,6 +3,9 @@
 
 All loads are issued before the first number is needed, the weight's too: with the rows of a decoding step, latency is
 all the time there is. Rows longer than a program holds are read twice. Not measured on a GPU yet.
+
+In the backward a program takes a run of rows if the weight wants a gradient, whose sum over them it keeps; a second
+kernel adds up those of all programs. Their number depends on shapes alone, so that any GPU adds in the same order.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from ..specs import KernelSpec
 MAX_BLOCK = 8192
 PER_WARP = 512
 """Elements: 16 a thread on NVIDIA, and 8 on AMD, whose warps are twice as wide, are whole 128-bit accesses."""
+
+SUM_TILE = {"STEP": 64, "BLOCK": 32}
 
 
 @triton.jit
@@ -96,6 +101,124 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     return normed, total
 
 
+@triton.jit
+def _loaded(p_x, o_d, in_d):
+    return tl.load(p_x + o_d, mask=in_d, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def norm_gradient(normed, slope, scale, product, SIZE: tl.constexpr):
+    """The gradient of x, fp32, of normed = x * scale. slope: the gradient of normed. product: the sum of slope * x."""
+    return (slope - normed * (product * scale * (1.0 / SIZE))) * scale
+
+
+@triton.jit(do_not_specialize=["rows", "run"])
+def rms_norm_backward_kernel(
+    p_x, p_weight, p_grad, p_grad_x, p_out, p_parts, stride_x, stride_grad, stride_grad_x, eps, rows, run,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x, grad, grad_x [rows, D], weight [D] -> out [rows, D], contiguous: the gradient of x, plus grad_x if given.
+
+    p_parts: None, or [programs, D] fp32, each program's sum of grad * round(normed). Grid: (cdiv(rows, run),): run rows
+    a program. BLOCK: a power of two; what is less than D takes each row in steps, the sums in memory.
+    """
+    dtype: tl.constexpr = p_out.dtype.element_ty
+    first = tl.program_id(0).to(tl.int64) * run
+    stop = tl.minimum(first + run, rows)
+    o = tl.arange(0, BLOCK)
+    if p_parts is not None:
+        p_parts += tl.program_id(0).to(tl.int64) * D
+    if BLOCK >= D:
+        weight = _loaded(p_weight, o, o < D)
+        sums = tl.zeros([BLOCK], tl.float32)
+        for i in range(stop - first):
+            i_row = first + i  # 64 bits in the interpreter, too
+            x = _loaded(p_x + i_row * stride_x, o, o < D)
+            grad = _loaded(p_grad + i_row * stride_grad, o, o < D)
+            slope = grad * weight
+            scale = tl.rsqrt(tl.sum(x * x, 0) * (1.0 / D) + eps)
+            found = norm_gradient(x * scale, slope, scale, tl.sum(slope * x, 0), D)
+            if p_grad_x is not None:
+                found += _loaded(p_grad_x + i_row * stride_grad_x, o, o < D)
+            tl.store(p_out + i_row * D + o, found.to(dtype), mask=o < D)
+            if p_parts is not None:
+                sums += grad * (x * scale).to(dtype).to(tl.float32)
+        if p_parts is not None:
+            tl.store(p_parts + o, sums, mask=o < D)
+    else:
+        for i in range(stop - first):
+            i_row = first + i  # 64 bits in the interpreter, too
+            squares = tl.zeros([BLOCK], tl.float32)
+            products = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, D, BLOCK):
+                x = _loaded(p_x + i_row * stride_x, start + o, start + o < D)
+                grad = _loaded(p_grad + i_row * stride_grad, start + o, start + o < D)
+                squares += x * x
+                products += grad * _loaded(p_weight, start + o, start + o < D) * x
+            scale = tl.rsqrt(tl.sum(squares, 0) * (1.0 / D) + eps)
+            product = tl.sum(products, 0)
+            for start in range(0, D, BLOCK):
+                in_d = start + o < D
+                x = _loaded(p_x + i_row * stride_x, start + o, in_d)
+                grad = _loaded(p_grad + i_row * stride_grad, start + o, in_d)
+                found = norm_gradient(x * scale, grad * _loaded(p_weight, start + o, in_d), scale, product, D)
+                if p_grad_x is not None:
+                    found += _loaded(p_grad_x + i_row * stride_grad_x, start + o, in_d)
+                tl.store(p_out + i_row * D + start + o, found.to(dtype), mask=in_d)
+                if p_parts is not None:
+                    sums = tl.where(i_row == first, 0.0, _loaded(p_parts, start + o, in_d))
+                    sums += grad * (x * scale).to(dtype).to(tl.float32)
+                    tl.store(p_parts + start + o, sums, mask=in_d)
+            tl.debug_barrier()  # what the next row adds to may have been written by other threads
+
+
+@triton.jit(do_not_specialize=["parts"])
+def sum_parts_kernel(p_parts, p_out, parts, D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """[parts, D] fp32 -> out [D], their sum. STEP rows and BLOCK columns at a time. Grid: (cdiv(D, BLOCK),)."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i_part = tl.arange(0, STEP)
+    sums = tl.zeros([STEP, BLOCK], tl.float32)
+    for start in range(0, parts, STEP):
+        o_part = (start + i_part).to(tl.int64)[:, None] * D + o[None, :]
+        sums += tl.load(p_parts + o_part, mask=(start + i_part < parts)[:, None] & (o < D)[None, :], other=0.0)
+    tl.store(p_out + o, tl.sum(sums, 0).to(p_out.dtype.element_ty), mask=o < D)
+
+
+def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """[P, D] fp32 -> [D] of a dtype: the sum over P, rounded once. One launch."""
+    out = torch.empty(parts.shape[1], dtype=dtype, device=parts.device)
+    with torch.cuda.device_of(parts):
+        sum_parts_kernel[(triton.cdiv(len(out), SUM_TILE["BLOCK"]),)](parts, out, len(parts), D=len(out), **SUM_TILE)
+    return out
+
+
+def backward(
+    x: Tensor, weight: Tensor, grad: Tensor, grad_x: Tensor | None, eps: float, by_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """As the backward's op; fp16, bf16 or fp32. One launch, two by_weight."""
+    x, grad = (y if y.stride(1) == 1 else y.contiguous() for y in (x, grad))
+    grad_x = grad_x if grad_x is None or grad_x.stride(1) == 1 else grad_x.contiguous()
+    rows, size = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not rows:
+        return out, weight.new_zeros(size if by_weight else 0)
+    chosen = tiling(size)
+    run = triton.cdiv(rows, programs(chosen["BLOCK"])) if by_weight else 1
+    grid = triton.cdiv(rows, run)
+    parts = torch.empty(grid, size, dtype=torch.float32, device=x.device) if by_weight else None
+    with torch.cuda.device_of(x):
+        rms_norm_backward_kernel[(grid,)](
+            x, weight.contiguous(), grad, grad_x, out, parts, x.stride(0), grad.stride(0),
+            0 if grad_x is None else grad_x.stride(0), eps, rows, run, D=size, **chosen,
+        )  # fmt: skip
+    return out, weight.new_empty(0) if parts is None else sum_parts(parts, weight.dtype)
+
+
+def programs(block: int) -> int:
+    """At most so many share the rows: some 2 million numbers at a time, and partial sums that are few beside them."""
+    return max(256, min(1024, (1 << 21) // block))
+
+
 def _spec(dtype: str, size: int, residual: bool) -> KernelSpec:
     tensors = ("p_x", "p_weight", "p_normed", *(("p_residual", "p_sum") if residual else ()))
     chosen = tiling(size)
@@ -120,4 +243,39 @@ def _spec(dtype: str, size: int, residual: bool) -> KernelSpec:
 SIZES = (896, 1024, 1536, 2560, 3584, 4096, 5120, 8192, 16384)
 """Qwen2.5-0.5B, Qwen3-0.6B, 1.5B, Qwen3-4B, 7B, Llama-3-8B, 14B, Llama-3-70B, and one that is read twice."""
 
-KERNELS = [_spec(*variant) for variant in product(("bf16", "fp32"), SIZES, (True, False))]
+
+def _backward_spec(dtype: str, size: int) -> KernelSpec:
+    """With both that may be None."""
+    tensors = ("p_x", "p_weight", "p_grad", "p_grad_x", "p_out")
+    chosen = tiling(size)
+    return KernelSpec(
+        name=f"rms_norm_backward_{dtype}_{size}",
+        kernel=rms_norm_backward_kernel,
+        signature={
+            **dict.fromkeys(tensors, f"*{dtype}:16"),
+            "p_parts": "*fp32:16",
+            **dict.fromkeys(("stride_x", "stride_grad", "stride_grad_x"), "i32:16"),
+            "eps": "fp32",
+            **dict.fromkeys(("rows", "run"), "i32"),
+        },
+        constexprs={"D": size, "BLOCK": chosen["BLOCK"]},
+        num_warps=chosen["num_warps"],
+        wide=True,
+    )
+
+
+def sum_parts_spec(dtype: str, size: int) -> KernelSpec:
+    return KernelSpec(
+        name=f"sum_parts_{dtype}_{size}",
+        kernel=sum_parts_kernel,
+        signature={"p_parts": "*fp32:16", "p_out": f"*{dtype}:16", "parts": "i32"},
+        constexprs={"D": size, **SUM_TILE},
+        wide=True,
+    )
+
+
+KERNELS = [
+    *(_spec(*variant) for variant in product(("bf16", "fp32"), SIZES, (True, False))),
+    *(_backward_spec(*variant) for variant in product(("bf16", "fp32"), SIZES)),
+    *(sum_parts_spec(*variant) for variant in product(("bf16", "fp32"), SIZES)),
+]

@@ -132,20 +132,16 @@ def _turned_back(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, cos, sin, *weights, ctx.eps = inputs
     ctx.set_materialize_grads(False)
+    ctx.shapes = q.shape, k.shape
     ctx.save_for_backward(cos, sin, *((None,) * 4 if weights[0] is None else (q, k, *weights)))
 
 
 def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    cos, sin, *heads, q_weight, k_weight = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    # What has no gradient, or wants none, is a number of heads that is 0.
-    wanted = [g is not None and (needs[i] or needs[4 + i]) for i, g in enumerate(upstream)]
-    given = [g if w else cos.new_empty(cos.shape[0], 0, cos.shape[1]) for g, w in zip(upstream, wanted, strict=True)]
-    heads = [x if w or x is None else x[:, :0] for x, w in zip(heads, wanted, strict=True)]
-    by_weight = any(w and needed for w, needed in zip(wanted, needs[4:6], strict=True))
-    *by_heads, by_weights = _rotate_heads_backward(*given, cos, sin, *heads, q_weight, k_weight, ctx.eps, by_weight)
-    of_heads = (g if w and needed else None for g, w, needed in zip(by_heads, wanted, needs[:2], strict=True))
-    of_weights = (by_weights[i] if w and needs[4 + i] else None for i, w in enumerate(wanted))
+    saved, needs, used = ctx.saved_tensors, ctx.needs_input_grad, [g is not None for g in upstream]
+    given = (saved[0].new_zeros(shape) if g is None else g for g, shape in zip(upstream, ctx.shapes, strict=True))
+    *by_heads, by_weights = _rotate_heads_backward(*given, *saved, ctx.eps, needs[4] or needs[5])
+    of_heads = (by_heads[i] if used[i] and needs[i] else None for i in range(2))
+    of_weights = (by_weights[i] if used[i] and needs[4 + i] else None for i in range(2))
     return *of_heads, None, None, *of_weights, None
 
 

@@ -231,7 +231,8 @@ def test_the_matrix_products_of_an_update(every: int, tiny_tokenizer: Any) -> No
         updater.step(_batch(), 1e-6)
     tokens, _ = _LOAD.microbatch(config)
     predicted = (3 + 0.75 * every) * policy.work.per_token * tokens
-    assert counter.get_total_flops() == predicted
+    rotation = _SMALL["head_dim"] * tokens  # frequencies @ positions, until transformers 5.23 multiplied them plainly
+    assert counter.get_total_flops() - predicted in (0, rotation)
 
 
 def _seconds(device: Device, **options: Any) -> dict[str, float]:

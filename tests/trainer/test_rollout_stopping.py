@@ -124,8 +124,9 @@ def _slots(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def _transformers(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> Any:
-    from fastgrpo.rollout.transformers import TransformersEngine
+    from fastgrpo.rollout.transformers import _OLDEST, TransformersEngine
 
+    pytest.importorskip("transformers", _OLDEST)
     return TransformersEngine(policy.model, policy.tokenizer)
 
 

@@ -20,6 +20,8 @@ from fastgrpo.records import Prompt, Rollout, Sampling
 from fastgrpo.rollout import transformers as module
 from fastgrpo.rollout.transformers import TransformersEngine
 
+pytest.importorskip("transformers", module._OLDEST)
+
 
 @pytest.fixture(scope="module")
 def policy(tiny_model_dir: Path) -> Policy:

@@ -230,15 +230,13 @@ class _Moments:
     def _sum(self) -> int:
         """What an adapter of the last product before the activation's has beside the layer's own output."""
         _, _, names, _ = _FUSED_LINEARS if self.family.fused_qkv else _LINEARS
+        return self._added(names, self.inner * (1 + self.family.fused_qkv))
+
+    def _added(self, names: tuple[str, ...], width: int) -> int:
+        """What an adapter of one of these has when it is done: the scaled output; the sum; its summand in fp32."""
         if self.adapters is None or not self.adapters.among(names):
             return 0
-        width = self.inner * (1 + self.family.fused_qkv)
-        return _FLOAT * width * (2 + (self.on_cpu and self.e != _FLOAT))  # scaled; the sum; its summand in fp32
-
-    @property
-    def _copies_product(self) -> bool:
-        """Does an adapter of the last product read it in fp32, in a model that is not?"""
-        return self.e != _FLOAT and self.adapters is not None and bool(self.adapters.among(("down_proj",)))
+        return _FLOAT * width * (2 + (self.on_cpu and self.e != _FLOAT))
 
     def forward(self, q: int, k: int) -> int:
         """Of a forward without gradients, where results are dropped when they have been read, at most."""
@@ -247,12 +245,15 @@ class _Moments:
         norm = e * 2 * hidden + 2 * _FLOAT * hidden
         rotation = e * (3 * hidden + 4 * q + 2 * k)
         product = e * (4 if self.family.fused_qkv else 3) * inner
-        if self.fused:  # rotated q and k, v, what attention gave, gate and up are there until the layer is done
+        if self.fused:  # rotated q and k, v and what attention gave are there until the layer is done
             residuals += e * 2 * (q + k)
             norm, rotation = 0, e * (3 * hidden + 2 * q + 3 * k)
-            product += e * hidden + self._copies_product * _FLOAT * (inner + 3 * hidden)
         adapted = e * 2 * inner + self._sum + _FLOAT * hidden * (e != _FLOAT) if self._sum else 0
-        return max(norm, rotation, residuals + max(product, adapted))
+        gated = 2 if self.fused or self.family.fused_qkv else 0  # gate and up, until the last product is done
+        last = e * ((1 + gated) * inner + hidden)
+        if added := self._added(("down_proj",), hidden):
+            last += added + _FLOAT * inner * (e != _FLOAT)
+        return max(norm, rotation, residuals + max(product, adapted, last))
 
     def backward(self) -> int:
         """Of the last layer, beyond what is kept: in its backward, or with adapters where its forward ends."""

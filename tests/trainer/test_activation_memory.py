@@ -270,6 +270,24 @@ def test_the_allocator_agrees(
     assert 0.95 * bound <= peak <= bound
 
 
+@pytest.mark.parametrize("targets", [["v_proj", "down_proj"], ["v_proj", "qkv_proj"]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["Qwen3", "Phi3", "Qwen3, fused"])
+def test_a_forward_with_few_adapters(kind: str, dtype: torch.dtype, targets: list[str]) -> None:
+    family, _, fused = kind.partition(", ")
+    config = _config(
+        family, hidden_size=64, intermediate_size=384, num_attention_heads=4, head_dim=16, hidden_act="silu"
+    )
+    batch = _batch([(30, [20, 18, 12])])
+    adapters = Adapters(5, frozenset(targets))
+    memory = activation_memory(config, dtype=dtype, adapters=adapters, on_cpu=True, fused=bool(fused))
+    policy = _adapted(_policy(config, dtype, 0), 0, targets)
+    with torch.backends.mkldnn.flags(enabled=False):
+        *_, forward = _live_bytes(_fused(policy) if fused else policy, batch)
+    bound = len(batch.input_ids) * memory.forward
+    assert 0.98 * bound <= forward <= bound
+
+
 def test_the_peak_adds_the_layer_that_is_recomputed_last() -> None:
     memory = ActivationMemory(
         layer=100, checkpoint=10, recomputed=90, outside=5, mlp=40, norm=50, scored_row=3, num_layers=4

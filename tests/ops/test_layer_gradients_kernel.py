@@ -44,8 +44,10 @@ def check(name: str, rows: int, dtype: torch.dtype, **size: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", NORM_SIZES)
 @pytest.mark.parametrize("name", ["add_rms_norm", "add_rms_norm of x"])
-def test_add_rms_norm(name: str, size: int, dtype: torch.dtype) -> None:
+def test_add_rms_norm(name: str, size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last two sizes are read twice, and add to sums in memory."""
+    if size > 2000:  # hundreds of programs would add five rows
+        monkeypatch.setattr(norm_kernel, "SUM_TILE", {"STEP": 8, "BLOCK": 1024})
     check(name, 5, dtype, size=size)
 
 
@@ -64,7 +66,7 @@ def test_swiglu(size: int, dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three share the rows, as thousands of rows would a thousand; norms that a program holds 128 numbers of."""
+    """Three share the rows, as a thousand would thousands."""
     monkeypatch.setattr(norm_kernel, "programs", lambda block: 3)
     monkeypatch.setattr(heads_kernel, "PROGRAMS", 3)
     monkeypatch.setattr(norm_kernel, "SUM_TILE", {"STEP": 2, "BLOCK": 32})
@@ -73,9 +75,9 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 @NORMED
 @pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [2, 3, 40, 43])
+@pytest.mark.parametrize("rows", [2, 3, 8, 13])
 def test_runs_of_rows(rows: int, dtype: torch.dtype, name: str) -> None:
-    """Of 14 or 15 rows, the last run shorter or, of 2 rows, programs fewer."""
+    """Runs of 1, 3 and 5 rows, the last shorter; of two rows only two programs."""
     check(name, rows, dtype)
 
 
@@ -87,7 +89,7 @@ def test_runs_of_rows_with_sums_in_memory(name: str, monkeypatch: pytest.MonkeyP
     check(name, 7, torch.float32, size=64)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=16, deadline=None, derandomize=True)
 @drawn(data=st.data())
 def test_any_size(data: st.DataObject) -> None:
     """Odd sizes, any number of rows, upstream gradients missing, only some inputs trained."""
@@ -113,7 +115,7 @@ def test_any_size(data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_layout(name: str, dtype: torch.dtype) -> None:
     op = OPS[name]
-    given = op.make(4, dtype)
+    given = op.make(2, dtype)
     upstream = upstream_of(op, given)
     want = gradients(op.run, given, [*upstream])
     for argument, x in given.items():
@@ -141,9 +143,10 @@ def test_rows_do_not_depend_on_one_another(name: str) -> None:
 
 
 @ALL
+@pytest.mark.usefixtures("few_programs")
 def test_repeats_bitwise(name: str) -> None:
     op = OPS[name]
-    given = op.make(40, torch.bfloat16)
+    given = op.make(7, torch.bfloat16)
     upstream: list[Tensor | None] = [*upstream_of(op, given)]
     assert_same(gradients(op.run, given, upstream), gradients(op.run, given, upstream))
 

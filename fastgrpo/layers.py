@@ -259,6 +259,11 @@ class FusedLayer:
     ) -> tuple[Tensor, Tensor]:
         """What this layer adds to the residual stream, and the stream: both [T, D], from those of the layer before."""
         x, residual = self.before(x, residual)
+        x, residual = self.after(self._attended(x, cos, sin, step), residual)
+        return self.mlp(x), residual
+
+    def _attended(self, x: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
+        """By itself, so that queries, keys and values are gone when it is done."""
         q, k, v = (part.unflatten(-1, (-1, self.size)) for part in self.project(x))
         if self.heads is not None:
             weights = {"q_weight": self.heads[0].module.weight, "k_weight": self.heads[1].module.weight}
@@ -267,9 +272,7 @@ class FusedLayer:
             q, k = rotate_heads(q, k, cos, sin)
         q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
         attended = step(self.attention, q, k, v, **self.options)
-        x = self.attention.o_proj(attended.flatten(2).squeeze(0))  # attended[0] would cost a copy back
-        x, residual = self.after(x, residual)
-        return self.mlp(x), residual
+        return self.attention.o_proj(attended.flatten(2).squeeze(0))  # attended[0] would cost a copy back
 
     @property
     def passes_over_hooks(self) -> bool:
@@ -298,8 +301,7 @@ class _GatedMLP:
         return cls(mlp, (mlp, activation), Products(mlp, ("gate_proj", "up_proj"), joined))
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.project(x)
-        return self.module.down_proj(swiglu(gate, up))
+        return self.module.down_proj(swiglu(*self.project(x)))
 
 
 @dataclass(frozen=True)

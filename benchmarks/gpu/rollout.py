@@ -185,7 +185,7 @@ def _steady(bench: Bench, shape: Shape, job: Job, rows: int, length: int) -> Row
         if session.plan != plan:
             raise torch.cuda.OutOfMemoryError(f"room for {session.plan.rows} rows")
         session.cache.pool.normal_()
-        burst = session.burst(policy.model, sampling, rows, plan.longest)
+        burst = session.burst(engine._body, sampling, rows, plan.longest)
         runs = [partial(burst.run, _state(session, rows, job, length))]
         times = bench.times(runs, rounds=5, warmup=2)
     times = {name: round(value / BURST, 4) for name, value in times.items()}

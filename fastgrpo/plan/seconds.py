@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastgrpo.plan.records import ModelBytes
+from fastgrpo.policy.memory import can_fuse
 
 if TYPE_CHECKING:
     from fastgrpo.plan.planner import MemoryPlanner
@@ -31,8 +32,9 @@ FORWARD_TRAFFIC, UPDATE_TRAFFIC = 2.0, 6.0
 FUSED_FORWARD_TRAFFIC, FUSED_UPDATE_TRAFFIC = 1.2, 3.0
 """The same of fused layers, by the bytes that a layer of Qwen2.5 moves between its products."""
 
-LAYER_KERNELS, ADAPTER_KERNELS, KERNEL_SECONDS = 25, 5, 2.5e-6
-"""Kernels of a decoding layer, of an adapter beside it, and what one costs whatever its size, in a CUDA graph."""
+LAYER_KERNELS, FUSED_LAYER_KERNELS, ADAPTER_KERNELS, KERNEL_SECONDS = 38, 9, 5, 2.5e-6
+"""Kernels of a decoding layer, of a fused one, of an adapter beside it, and what one costs whatever its size, in a CUDA
+graph."""
 
 VLLM_KERNELS = 12
 """Kernels of a layer in vLLM, which fuses."""
@@ -158,4 +160,5 @@ class _Clock:
         if self.memory.engine.startswith("vllm"):  # it merges adapters into the weights
             return float(shape.config.num_hidden_layers * VLLM_KERNELS * KERNEL_SECONDS)
         adapters = shape.adapters.tensors // 2 if shape.adapters else 0
-        return (shape.config.num_hidden_layers * LAYER_KERNELS + adapters * ADAPTER_KERNELS) * KERNEL_SECONDS
+        each = FUSED_LAYER_KERNELS if can_fuse(shape.config) else LAYER_KERNELS  # in rollouts whatever the options
+        return (shape.config.num_hidden_layers * each + adapters * ADAPTER_KERNELS) * KERNEL_SECONDS

@@ -245,11 +245,10 @@ class _Moments:
         norm = e * 2 * hidden + 2 * _FLOAT * hidden
         rotation = e * (3 * hidden + 4 * q + 2 * k)
         product = e * (4 if self.family.fused_qkv else 3) * inner
-        if self.fused:  # rotated q and k, v and what attention gave are there until the layer is done
-            residuals += e * 2 * (q + k)
+        if self.fused:
             norm, rotation = 0, e * (3 * hidden + 2 * q + 3 * k)
         adapted = e * 2 * inner + self._sum + _FLOAT * hidden * (e != _FLOAT) if self._sum else 0
-        gated = 2 if self.fused or self.family.fused_qkv else 0  # gate and up, until the last product is done
+        gated = 2 if self.family.fused_qkv else 0  # gate and up, until the last product is done
         last = e * ((1 + gated) * inner + hidden)
         if added := self._added(("down_proj",), hidden):
             last += added + _FLOAT * inner * (e != _FLOAT)

@@ -112,19 +112,26 @@ def norm_gradient(normed, slope, scale, product, SIZE: tl.constexpr):
     return (slope - normed * (product * scale * (1.0 / SIZE))) * scale
 
 
-@triton.jit(do_not_specialize=["rows", "run"])
+@triton.jit
+def run_of_rows(rows):
+    """The first row of this program, and where its rows end; 64 bits."""
+    run = tl.cdiv(rows, tl.num_programs(0))
+    first = tl.program_id(0).to(tl.int64) * run
+    return first, tl.minimum(first + run, rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def rms_norm_backward_kernel(
-    p_x, p_weight, p_grad, p_grad_x, p_out, p_parts, stride_x, stride_grad, stride_grad_x, eps, rows, run,
+    p_x, p_weight, p_grad, p_grad_x, p_out, p_parts, stride_x, stride_grad, stride_grad_x, eps, rows,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x, grad, grad_x [rows, D], weight [D] -> out [rows, D], contiguous: the gradient of x, plus grad_x if given.
 
-    p_parts: None, or [programs, D] fp32, each program's sum of grad * round(normed). Grid: (cdiv(rows, run),): run rows
-    a program. BLOCK: a power of two; what is less than D takes each row in steps, the sums in memory.
+    p_parts: None, or [programs, D] fp32, each program's sum of grad * round(normed). Grid: any number; each
+    program takes a run of rows. BLOCK: a power of two; what is less than D takes each row in steps, the sums in memory.
     """
     dtype: tl.constexpr = p_out.dtype.element_ty
-    first = tl.program_id(0).to(tl.int64) * run
-    stop = tl.minimum(first + run, rows)
+    first, stop = run_of_rows(rows)
     o = tl.arange(0, BLOCK)
     if p_parts is not None:
         p_parts += tl.program_id(0).to(tl.int64) * D
@@ -203,13 +210,12 @@ def backward(
     if not rows:
         return out, weight.new_zeros(size if by_weight else 0)
     chosen = tiling(size)
-    run = triton.cdiv(rows, programs(chosen["BLOCK"])) if by_weight else 1
-    grid = triton.cdiv(rows, run)
+    grid = even_programs(rows, programs(chosen["BLOCK"])) if by_weight else rows
     parts = torch.empty(grid, size, dtype=torch.float32, device=x.device) if by_weight else None
     with torch.cuda.device_of(x):
         rms_norm_backward_kernel[(grid,)](
             x, weight.contiguous(), grad, grad_x, out, parts, x.stride(0), grad.stride(0),
-            0 if grad_x is None else grad_x.stride(0), eps, rows, run, D=size, **chosen,
+            0 if grad_x is None else grad_x.stride(0), eps, rows, D=size, **chosen,
         )  # fmt: skip
     return out, weight.new_empty(0) if parts is None else sum_parts(parts, weight.dtype)
 
@@ -217,6 +223,11 @@ def backward(
 def programs(block: int) -> int:
     """At most so many share the rows: some 2 million numbers at a time, and partial sums that are few beside them."""
     return max(256, min(1024, (1 << 21) // block))
+
+
+def even_programs(rows: int, most: int) -> int:
+    """At most so many, none of which is without rows."""
+    return triton.cdiv(rows, triton.cdiv(rows, most))
 
 
 def _spec(dtype: str, size: int, residual: bool) -> KernelSpec:
@@ -256,7 +267,7 @@ def _backward_spec(dtype: str, size: int) -> KernelSpec:
             "p_parts": "*fp32:16",
             **dict.fromkeys(("stride_x", "stride_grad", "stride_grad_x"), "i32:16"),
             "eps": "fp32",
-            **dict.fromkeys(("rows", "run"), "i32"),
+            "rows": "i32",
         },
         constexprs={"D": size, "BLOCK": chosen["BLOCK"]},
         num_warps=chosen["num_warps"],

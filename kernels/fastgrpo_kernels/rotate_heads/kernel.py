@@ -17,7 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..add_rms_norm.kernel import PER_WARP, norm_gradient, scaled, sum_parts, sum_parts_spec
+from ..add_rms_norm.kernel import (
+    PER_WARP,
+    even_programs,
+    norm_gradient,
+    run_of_rows,
+    scaled,
+    sum_parts,
+    sum_parts_spec,
+)
 from ..specs import KernelSpec
 
 MAX_TILE = 1024
@@ -124,26 +132,22 @@ def rotate(
 
 @triton.jit
 def _rotate_back(
-    p_grad, p_x, p_weight, p_cos, p_sin, p_out, p_parts, stride_grad, stride_gh, stride_x, stride_xh,
-    stride_cos, stride_sin, eps, first, stop, HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    p_grad, p_x, p_weight, p_cos, p_sin, p_out, p_parts, stride_grad, stride_gh, stride_x, stride_angle, eps,
+    first, stop, HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Queries, or keys, of the tokens from first to stop, BLOCK heads at a time; p_parts [SIZE]: of their weight."""
     HALF: tl.constexpr = SIZE // 2
     dtype: tl.constexpr = p_out.dtype.element_ty
     o = tl.arange(0, WIDTH)
     half = o < HALF
-    if p_weight is not None:
-        weight = tl.load(p_weight + o, mask=half, other=0.0).to(tl.float32)[None, :]
-        weight_2 = tl.load(p_weight + o + HALF, mask=half, other=0.0).to(tl.float32)[None, :]
     sums = tl.zeros([BLOCK, WIDTH], tl.float32)
     sums_2 = tl.zeros([BLOCK, WIDTH], tl.float32)
     for i in range(stop - first):
         i_row = first + i  # 64 bits in the interpreter, too
-        cos = tl.load(p_cos + i_row * stride_cos + o, mask=half, other=0.0).to(tl.float32)[None, :]
-        sin = tl.load(p_sin + i_row * stride_sin + o, mask=half, other=0.0).to(tl.float32)[None, :]
-        cos_2 = tl.load(p_cos + i_row * stride_cos + o + HALF, mask=half, other=0.0).to(tl.float32)[None, :]
-        sin_2 = tl.load(p_sin + i_row * stride_sin + o + HALF, mask=half, other=0.0).to(tl.float32)[None, :]
+        cos = tl.load(p_cos + i_row * stride_angle + o, mask=half, other=0.0).to(tl.float32)[None, :]
+        sin = tl.load(p_sin + i_row * stride_angle + o, mask=half, other=0.0).to(tl.float32)[None, :]
+        cos_2 = tl.load(p_cos + i_row * stride_angle + o + HALF, mask=half, other=0.0).to(tl.float32)[None, :]
+        sin_2 = tl.load(p_sin + i_row * stride_angle + o + HALF, mask=half, other=0.0).to(tl.float32)[None, :]
         for start in range(0, HEADS, BLOCK):
             i_head = start + tl.arange(0, BLOCK)
             inside = (i_head < HEADS)[:, None] & half[None, :]
@@ -153,7 +157,7 @@ def _rotate_back(
             found = grad * cos + grad_2 * sin_2
             found_2 = grad_2 * cos_2 - grad * sin
             if p_weight is not None:
-                o_x = i_row * stride_x + i_head[:, None] * stride_xh + o[None, :]
+                o_x = i_row * stride_x + i_head[:, None] * SIZE + o[None, :]
                 x = tl.load(p_x + o_x, mask=inside, other=0.0).to(tl.float32)
                 x_2 = tl.load(p_x + o_x + HALF, mask=inside, other=0.0).to(tl.float32)
                 scale = tl.rsqrt((tl.sum(x * x, 1) + tl.sum(x_2 * x_2, 1)) * (1.0 / SIZE) + eps)
@@ -162,8 +166,9 @@ def _rotate_back(
                 if p_parts is not None:
                     sums += found * (x * scale).to(dtype).to(tl.float32)
                     sums_2 += found_2 * (x_2 * scale).to(dtype).to(tl.float32)
-                found *= weight
-                found_2 *= weight_2
+                # Loaded here, out of a cache, it needs no registers before: no spill.
+                found *= tl.load(p_weight + o, mask=half, other=0.0).to(tl.float32)[None, :]
+                found_2 *= tl.load(p_weight + o + HALF, mask=half, other=0.0).to(tl.float32)[None, :]
                 product = (tl.sum(found * x, 1) + tl.sum(found_2 * x_2, 1))[:, None]
                 found = norm_gradient(x * scale, found, scale, product, SIZE)
                 found_2 = norm_gradient(x_2 * scale, found_2, scale, product, SIZE)
@@ -175,32 +180,30 @@ def _rotate_back(
         tl.store(p_parts + o + HALF, tl.sum(sums_2, 0), mask=half)
 
 
-@triton.jit(do_not_specialize=["rows", "run"])
+@triton.jit(do_not_specialize=["rows"])
 def rotate_heads_backward_kernel(
     p_grad_q, p_grad_k, p_cos, p_sin, p_q, p_k, p_q_weight, p_k_weight, p_q_out, p_k_out, p_parts,
-    stride_gq, stride_gqh, stride_gk, stride_gkh, stride_cos, stride_sin, stride_q, stride_qh, stride_k, stride_kh,
-    eps, rows, run, QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
+    stride_gq, stride_gqh, stride_gk, stride_gkh, stride_angle, stride_q, stride_k, eps, rows,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Gradients of rotated q [rows, QUERIES, SIZE] and k [rows, KEYS, SIZE] -> of q and k, contiguous.
 
-    p_q to p_k_weight: all None, or what is normalised before it turns. p_parts: None, or [programs, 2, SIZE] fp32, each
-    program's sums for both weights. BLOCK heads at a time, WIDTH >= SIZE / 2, powers of two. Grid: (cdiv(rows, run),):
-    run tokens a program.
+    p_q to p_k_weight: all None, or what is normalised before it turns, heads side by side. p_parts: None, or
+    [programs, 2, SIZE] fp32, each program's sums for both weights. BLOCK heads at a time, WIDTH >= SIZE / 2, powers of
+    two. Grid: any number; each program takes a run of tokens.
     """
-    first = tl.program_id(0).to(tl.int64) * run
-    stop = tl.minimum(first + run, rows)
+    first, stop = run_of_rows(rows)
     p_k_parts = p_parts
     if p_parts is not None:
         p_parts += tl.program_id(0).to(tl.int64) * (2 * SIZE)
         p_k_parts = p_parts + SIZE
     _rotate_back(
-        p_grad_q, p_q, p_q_weight, p_cos, p_sin, p_q_out, p_parts, stride_gq, stride_gqh, stride_q, stride_qh,
-        stride_cos, stride_sin, eps, first, stop, QUERIES, SIZE, WIDTH, BLOCK,
+        p_grad_q, p_q, p_q_weight, p_cos, p_sin, p_q_out, p_parts, stride_gq, stride_gqh, stride_q,
+        stride_angle, eps, first, stop, QUERIES, SIZE, WIDTH, BLOCK,
     )  # fmt: skip
     _rotate_back(
-        p_grad_k, p_k, p_k_weight, p_cos, p_sin, p_k_out, p_k_parts, stride_gk, stride_gkh, stride_k, stride_kh,
-        stride_cos, stride_sin, eps, first, stop, KEYS, SIZE, WIDTH, BLOCK,
+        p_grad_k, p_k, p_k_weight, p_cos, p_sin, p_k_out, p_k_parts, stride_gk, stride_gkh, stride_k,
+        stride_angle, eps, first, stop, KEYS, SIZE, WIDTH, BLOCK,
     )  # fmt: skip
 
 
@@ -210,20 +213,21 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As the backward's op; fp16, bf16 or fp32. One launch, two by_weight."""
     grad_q, grad_k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_q, grad_k, cos, sin))
-    q, k = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    if cos.stride(0) != sin.stride(0):
+        cos, sin = cos.contiguous(), sin.contiguous()
+    q, k = (x if x is None or x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k))
     (rows, queries, size), keys = grad_q.shape, grad_k.shape[1]
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (grad_q, grad_k))
     if not rows * (queries + keys):
         return q_out, k_out, cos.new_zeros((2, size) if by_weight else 0)
-    run = triton.cdiv(rows, PROGRAMS) if by_weight else 1
-    grid = triton.cdiv(rows, run)
+    grid = even_programs(rows, PROGRAMS) if by_weight else rows
     parts = torch.empty(grid, 2 * size, dtype=torch.float32, device=cos.device) if by_weight else None
     weights = (None if w is None else w.contiguous() for w in (q_weight, k_weight))
-    strides = (n for x in (q, k) for n in ((0, 0) if x is None else x.stride()[:2]))
+    strides = (0 if x is None else x.stride(0) for x in (q, k))
     with torch.cuda.device_of(cos):
         rotate_heads_backward_kernel[(grid,)](
             grad_q, grad_k, cos, sin, q, k, *weights, q_out, k_out, parts,
-            *grad_q.stride()[:2], *grad_k.stride()[:2], cos.stride(0), sin.stride(0), *strides, eps, rows, run,
+            *grad_q.stride()[:2], *grad_k.stride()[:2], cos.stride(0), *strides, eps, rows,
             QUERIES=queries, KEYS=keys, SIZE=size, **tiling(queries, keys, size),
         )  # fmt: skip
     return q_out, k_out, cos.new_empty(0) if parts is None else sum_parts(parts, cos.dtype).view(2, size)
@@ -256,7 +260,7 @@ def _backward_spec(dtype: str, queries: int, keys: int, size: int, norm: bool) -
     """Norms with weights that want gradients."""
     normed = ("p_q", "p_k", "p_q_weight", "p_k_weight")
     tensors = ("p_grad_q", "p_grad_k", "p_cos", "p_sin", "p_q_out", "p_k_out", *(normed if norm else ()))
-    strides = ("gq", "gqh", "gk", "gkh", "cos", "sin", "q", "qh", "k", "kh")
+    strides = ("gq", "gqh", "gk", "gkh", "angle", "q", "k")
     chosen = tiling(queries, keys, size)
     num_warps = chosen.pop("num_warps")
     return KernelSpec(
@@ -267,7 +271,7 @@ def _backward_spec(dtype: str, queries: int, keys: int, size: int, norm: bool) -
             **({"p_parts": "*fp32:16"} if norm else {}),
             **dict.fromkeys((f"stride_{name}" for name in strides), "i32:16"),
             "eps": "fp32",
-            **dict.fromkeys(("rows", "run"), "i32"),
+            "rows": "i32",
         },
         constexprs={
             "QUERIES": queries,

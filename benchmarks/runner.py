@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -153,9 +152,12 @@ def run_stages(suites: Sequence[str], folder: Path | None) -> int:
     if not stages:
         print(f"no stages for {', '.join(suites)} on a GPU")
         return 0
-    with tempfile.TemporaryDirectory() as out:
-        code = gpu_suite.main(["--out", out, "--stages", "environment", "limits", *stages])
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(Path(out) / "results.json", folder / "gpu_suite.json")
-    return code
+    if folder:
+        writable(folder)
+    with tempfile.TemporaryDirectory() as out, _terminable():
+        found = Path(out) / "results.json"
+        try:
+            return gpu_suite.main(["--out", out, "--stages", "environment", "limits", *stages])
+        finally:  # what it had when it was stopped, too
+            if folder and found.exists():
+                atomic_write(folder / "gpu_suite.json", found.read_text())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import registry
+from benchmarks import gpu_suite, registry, runner
 from fastgrpo import cli
 
 _ROOT = Path(__file__).parents[2]
@@ -82,6 +82,20 @@ def test_what_was_measured_before_sigterm_is_kept(tmp_path: Path) -> None:
     done = _bench(*_SUITE, "--peer", "fastgrpo", "--results", str(tmp_path), program=["-c", _STOPPED])
     assert (done.returncode, done.stdout.strip()) == (143, "stopped before there was a result")
     assert json.loads((tmp_path / "gae.json").read_text())["results"] == [naive]
+
+
+def test_what_the_gpu_suite_had_when_it_was_stopped_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(arguments: list[str]) -> int:
+        (Path(arguments[1]) / "results.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_suite, "main", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_stages(["rollout"], tmp_path / "results")
+    assert (tmp_path / "results" / "gpu_suite.json").read_text() == "{}"
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        runner.run_stages(["rollout"], tmp_path / "file")
 
 
 @pytest.mark.parametrize(("name", "word"), [("file", "File exists"), ("results", "gae.json cannot be read as results")])

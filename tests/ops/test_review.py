@@ -23,6 +23,7 @@ from fastgrpo_kernels import (
     grpo_loss,
     linear_grpo_loss,
     linear_logprob,
+    sample_tokens,
     swiglu,
     token_logprob,
 )
@@ -156,6 +157,12 @@ def test_tensors_that_are_not_dense() -> None:
     ):
         with pytest.raises(TypeError, match=rf"^hidden: expected a dense tensor of shape \[N, D\], got a {kind} one"):
             linear_logprob(x, normal(V, D), TARGET)
+
+
+def test_random_numbers_out_of_range() -> None:
+    for uniform, found in ((torch.ones(N), r"\[1, 1\]"), (torch.full((N,), float("nan")), r"\[nan, nan\]")):
+        with pytest.raises(ValueError, match=rf"^uniform: expected values in \[0, 1\), got values in {found}"):
+            sample_tokens(normal(N, V), uniform)
 
 
 def test_a_choice_that_is_an_array() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -30,11 +31,16 @@ def check_tensor(
     """Raise unless `value` is a tensor of `shape` (None = any size), `dtype` (None = a float type) and `device`.
 
     layout: how the documentation writes the shape, such as "[N, D]"; used in messages only.
-    Errors: TypeError for something that is not a tensor or has the wrong dtype, ValueError for shape and device.
+    Errors: TypeError for something that is no dense tensor, has the wrong dtype or carries a forward-mode tangent,
+    ValueError for shape and device.
     """
     expected = "float16, bfloat16, float32 or float64" if dtype is None else str(dtype).removeprefix("torch.")
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape {layout} and dtype {expected}, got {type(value).__name__}")
+    _check_whole(name, value, len(shape))
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: expected a dense tensor of shape {layout}, got a {kind} one")
     if value.dtype not in (FLOAT_DTYPES if dtype is None else (dtype,)):
         raise TypeError(f"{name}: expected dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
     if value.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, value.shape, strict=True)):
@@ -42,6 +48,32 @@ def check_tensor(
         raise ValueError(f"{name}: expected shape {layout} = [{sizes}], got {list(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+    _check_no_tangent(name, value)
+
+
+def _check_whole(name: str, tensor: Tensor, ndim: int) -> None:
+    """Raise TypeError for a tensor of which this process holds a part only."""
+    if type(tensor).__name__ == "DTensor" or hasattr(tensor, "device_mesh"):
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor; gather it first, as with "
+            '`full_tensor(grad_placements=[Partial("avg")])`, without which the other ranks\' gradients are lost'
+        )
+    if hasattr(tensor, "ds_id"):
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a parameter sharded by DeepSpeed ZeRO-3; gather it first"
+        )
+    sharded = getattr(tensor, "_is_flat_param", False) or getattr(tensor, "_is_sharded", False)
+    if sharded or (getattr(tensor, "_fsdp_flattened", False) and tensor.ndim < ndim):
+        raise TypeError(f"{name}: expected a plain tensor, got one sharded by FSDP; gather it first")
+
+
+def _check_no_tangent(name: str, value: Tensor) -> None:
+    """Custom ops have no forward-mode derivative, and without this drop the tangent: a derivative of 0."""
+    if not torch.compiler.is_compiling() and unpack_dual(value).tangent is not None:
+        raise TypeError(
+            f"{name}: expected a tensor without a tangent, got a dual tensor: there are gradients (backward), but no "
+            "forward-mode derivatives (jvp, jacfwd)"
+        )
 
 
 def check_number(
@@ -77,7 +109,7 @@ def check_bool(name: str, value: Any) -> None:
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:  # an array would compare element by element
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 

@@ -201,8 +201,9 @@ def _moved(x: Tensor, device: torch.device | str | None) -> Tensor:
 
 
 def _check_list(name: str, value: Any, of: str) -> None:
-    if not isinstance(value, Iterable):
-        raise TypeError(f"{name}: expected a list of {of}, got {type(value).__name__}")
+    if not isinstance(value, Iterable) or hasattr(value, "dtype"):  # of a GPU's tensor each element would be a wait
+        hint = "; `tolist()` makes one" if hasattr(value, "dtype") else ""
+        raise TypeError(f"{name}: expected a list of {of}, got {type(value).__name__}{hint}")
 
 
 def _lengths(name: str, lengths: Sequence[int], minimum: int) -> tuple[int, ...]:

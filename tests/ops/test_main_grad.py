@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -179,7 +180,8 @@ def test_a_distributed_tensor_is_refused(loss: Loss) -> None:
 
     hidden, target = make()
     weight = distribute_tensor(parameter().detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
-    with pytest.raises(TypeError, match="weight: expected a plain tensor, got a DTensor; gather it first"):
+    hint = re.escape('gather it first, as with `full_tensor(grad_placements=[Partial("avg")])`')
+    with pytest.raises(TypeError, match=f"weight: expected a plain tensor, got a DTensor; {hint}"):
         loss(hidden, weight, target)
     with pytest.raises(TypeError, match=r"lora\.b: expected a plain tensor, got a DTensor; gather it first"):
         loss(hidden, parameter(), target, lora=LoRADelta(torch.ones(6, 6), weight))
@@ -201,3 +203,16 @@ def test_sharded_parameters_are_refused(loss: Loss, mark: str, value: Any, messa
     setattr(weight, mark, value)
     with pytest.raises(TypeError, match=f"weight: expected a plain tensor, got .*{message}"):
         loss(hidden, weight, target)
+
+
+@every_loss
+def test_a_flattened_shard_is_refused_and_a_whole_view_is_not(loss: Loss) -> None:
+    """FSDP1 with `use_orig_params`: outside its forward a parameter is a row of what this rank holds."""
+    hidden, target = make()
+    for weight in (parameter().flatten()[:0], parameter().flatten()[:5], parameter()):
+        weight._fsdp_flattened = True  # type: ignore[attr-defined]
+        if weight.ndim == 2:
+            assert torch.isfinite(loss(hidden, weight, target))
+            continue
+        with pytest.raises(TypeError, match="weight: expected a plain tensor, got one sharded by FSDP"):
+            loss(hidden, weight, target)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastgrpo_kernels import (
     GroupRewards,
@@ -15,11 +17,14 @@ from fastgrpo_kernels import (
     LossConfig,
     LossOutput,
     PackedLayout,
+    add_rms_norm,
     gae,
     group_advantages,
     grpo_loss,
     linear_grpo_loss,
     linear_logprob,
+    sample_tokens,
+    swiglu,
     token_logprob,
 )
 from fastgrpo_kernels.grpo_loss.reference import entropy_quantile
@@ -111,6 +116,70 @@ def test_scalars_that_are_tensors(call: Callable[..., LossOutput], name: str) ->
     assert call(**{name: torch.tensor(1)}).loss == call(**{name: 1}).loss
 
 
+@pytest.mark.parametrize("call", [fused, from_logprobs])
+def test_an_infinite_denominator(call: Callable[..., LossOutput]) -> None:
+    """It would make the loss 0, and the update none."""
+    for name in ("num_tokens", "num_sequences"):
+        with pytest.raises(ValueError, match=f"^{name}: expected an int >= 0 or a 0-d tensor, got one of inf"):
+            call(**{name: torch.tensor(float("inf"))})
+
+
+DIFFERENTIABLE: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
+    "hidden": (lambda x: linear_grpo_loss(x, normal(V, D), TARGET, torch.ones(2), CU).loss, normal(N, D)),
+    "weight": (lambda x: linear_logprob(normal(N, D), x, TARGET)[0], normal(V, D)),
+    "lora.b": (lambda x: logprobs(lora=LoRADelta(normal(2, D), x))[0], normal(V, 2)),
+    "logits": (lambda x: token_logprob(x, TARGET)[0], normal(N, V)),
+    "logprob": (lambda x: grpo_loss(x, torch.ones(2), CU).loss, normal(N)),
+    "gate": (lambda x: swiglu(x, normal(N, D)), normal(N, D)),
+    "x": (lambda x: add_rms_norm(x, None, normal(D), eps=1e-6)[0], normal(N, D)),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("wanted", [False, True], ids=["constant", "requires_grad"])
+def test_forward_mode_raises_and_is_not_zero(name: str, wanted: bool) -> None:
+    call, x = DIFFERENTIABLE[name]
+    with pytest.raises(TypeError, match=f"^{name}: expected a tensor without a tangent, got a dual tensor"):
+        torch.func.jvp(call, (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.clone().requires_grad_(wanted), torch.ones_like(x))
+        with pytest.raises(TypeError, match=f"^{name}: expected a tensor without a tangent, got a dual tensor"):
+            call(dual)
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse|nested)")
+def test_tensors_that_are_not_dense() -> None:
+    for x, kind in (
+        (normal(N, D).to_sparse(), "sparse_coo"),
+        (normal(N, D).to_sparse_csr(), "sparse_csr"),
+        (torch.nested.nested_tensor([normal(3, D), normal(2, D)]), "nested"),
+        (torch.nested.nested_tensor([normal(3, D), normal(2, D)], layout=torch.jagged), "nested"),
+    ):
+        with pytest.raises(TypeError, match=rf"^hidden: expected a dense tensor of shape \[N, D\], got a {kind} one"):
+            linear_logprob(x, normal(V, D), TARGET)
+
+
+def test_random_numbers_out_of_range() -> None:
+    for uniform, found in ((torch.ones(N), r"\[1, 1\]"), (torch.full((N,), float("nan")), r"\[nan, nan\]")):
+        with pytest.raises(ValueError, match=rf"^uniform: expected values in \[0, 1\), got values in {found}"):
+            sample_tokens(normal(N, V), uniform)
+
+
+def test_a_choice_that_is_an_array() -> None:
+    with pytest.raises(ValueError, match=r"^loss_type: expected one of grpo, .*, got array"):
+        LossConfig(np.array(["dapo", "grpo"]))  # type: ignore[arg-type]
+
+
+def test_outputs_that_are_no_list_of_outputs() -> None:
+    for reduce in (LossOutput.reduce, LossOutput.combine):
+        for outputs, kind in ((fused(), "LossOutput"), (fused().metrics, "dict"), (None, "NoneType")):
+            with pytest.raises(TypeError, match=f"^outputs: expected a list of LossOutput or .*, got {kind}"):
+                reduce(outputs)  # type: ignore[arg-type]
+        for output, kind in ((3, "int"), ({"kl/sum": 1.0, "kl/count": 2.0}, "dict")):
+            with pytest.raises(TypeError, match=rf"^outputs\[1\]: expected a LossOutput or .*, got {kind}"):
+                reduce([fused(), output])  # type: ignore[list-item]
+
+
 def test_flags() -> None:
     with pytest.raises(ValueError, match=r"^entropy_gradient: expected True or False, got 'no'"):
         logprobs(entropy_gradient="no")
@@ -153,6 +222,10 @@ def test_layout_names_what_is_no_list() -> None:
         PackedLayout([3], 1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^completion_lengths\[0\]: expected a list of ints, got int"):
         PackedLayout([3], [1])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"^prompt_lengths: expected a list of ints, got Tensor; `tolist"):
+        PackedLayout(torch.tensor([3]), [[1]])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^completion_lengths\[0\]: expected a list of ints, got ndarray; `tolist"):
+        PackedLayout([3], [np.array([1])])  # type: ignore[list-item]
 
 
 def test_quantile_of_nothing() -> None:

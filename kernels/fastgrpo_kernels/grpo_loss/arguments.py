@@ -169,7 +169,7 @@ class LossOperands:
         if self.cu_seqlens.device.type != "cpu":
             return
         for name, value in (("num_sequences", self.num_sequences), ("num_tokens", self.num_tokens)):
-            if value is not None and not value.item() >= 0:
+            if value is not None and not 0 <= value.item() < torch.inf:
                 raise ValueError(f"{name}: expected an int >= 0 or a 0-d tensor, got one of {value.item():g}")
         if self.entropy_threshold is not None and self.entropy_threshold.isnan():
             raise ValueError("entropy_threshold: expected a number or a 0-d tensor, got one of nan")

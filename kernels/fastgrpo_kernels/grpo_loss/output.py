@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_dataclass
 
 Metrics = dict[str, Tensor]
 
@@ -62,8 +63,11 @@ class LossOutput:
         """The metrics of several outputs as if they were one call's, still 0-d tensors; no host sync.
 
         A name that an output lacks is taken to be empty there. Outputs without tokens are welcome.
+        Errors: TypeError for anything but a list of LossOutput or of their `metrics`.
         """
-        parts = [output.metrics if isinstance(output, LossOutput) else output for output in outputs]
+        if isinstance(outputs, LossOutput | Mapping) or not isinstance(outputs, Iterable):
+            raise TypeError(f"outputs: expected a list of LossOutput or of their metrics, got {type(outputs).__name__}")
+        parts = [_metrics_of(i, output) for i, output in enumerate(outputs)]
         names = list(dict.fromkeys(name for part in parts for name in part))
         return {name: _combine_one(name, [part[name] for part in parts if name in part]) for name in names}
 
@@ -94,6 +98,17 @@ class LossOutput:
             elif not name.endswith("/count"):
                 reduced[name] = value
         return reduced
+
+
+# DDP with static_graph, FSDP2, vmap and others look for tensors in what a module or function returns.
+register_dataclass(LossOutput)
+
+
+def _metrics_of(i: int, output: LossOutput | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    metrics = output.metrics if isinstance(output, LossOutput) else output
+    if not isinstance(metrics, Mapping) or not all(isinstance(x, Tensor) for x in metrics.values()):
+        raise TypeError(f"outputs[{i}]: expected a LossOutput or a dict of 0-d tensors, got {type(output).__name__}")
+    return metrics
 
 
 def _combine_one(name: str, values: list[Tensor]) -> Tensor:

@@ -51,8 +51,6 @@ class HeadArguments:
     def check(self) -> None:
         """Raise TypeError or ValueError, naming the argument, before any work; looks at no values of tensors."""
         hidden, weight = self.hidden, self.weight
-        for name, x in (("hidden", hidden), ("weight", weight), ("bias", self.bias)):
-            _check_whole(name, x)
         check_tensor("hidden", hidden, (None, None), "[N, D]")
         check_tensor("weight", weight, (None, hidden.shape[1]), "[V, D]", device=hidden.device)
         vocab_size = weight.shape[0]
@@ -74,8 +72,6 @@ class HeadArguments:
     def _check_lora(self, lora: LoRADelta) -> None:
         if not isinstance(lora, LoRADelta):
             raise TypeError(f"lora: expected a LoRADelta, got {type(lora).__name__}")
-        _check_whole("lora.a", lora.a)
-        _check_whole("lora.b", lora.b)
         check_tensor("lora.a", lora.a, (None, self.hidden.shape[1]), "[r, D]", device=self.hidden.device)
         shape = (self.weight.shape[0], lora.a.shape[0])
         check_tensor("lora.b", lora.b, shape, "[V, r]", device=self.hidden.device)
@@ -190,19 +186,6 @@ class HeadOperands:
         wanted = zip(self.differentiable, needs, strict=True)
         shapes = (x.shape if x is not None and needed else (0,) for x, needed in wanted)
         return [self.hidden.new_empty(shape, dtype=self.dtype) for shape in shapes]
-
-
-def _check_whole(name: str, tensor: Any) -> None:
-    """Raise for a tensor of which this process holds a part only."""
-    kind = type(tensor).__name__
-    if kind == "DTensor" or hasattr(tensor, "device_mesh"):
-        raise TypeError(f"{name}: expected a plain tensor, got a DTensor; gather it first, as with `full_tensor()`")
-    if hasattr(tensor, "ds_id"):
-        raise TypeError(
-            f"{name}: expected a plain tensor, got a parameter sharded by DeepSpeed ZeRO-3; gather it first"
-        )
-    if getattr(tensor, "_is_flat_param", False) or getattr(tensor, "_is_sharded", False):
-        raise TypeError(f"{name}: expected a plain tensor, got one sharded by FSDP; gather it first")
 
 
 def needs_gradient(operands: tuple[Any, ...]) -> list[bool]:

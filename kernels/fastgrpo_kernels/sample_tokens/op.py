@@ -60,7 +60,7 @@ def _sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """token, logprob, each [N]."""
     if uniform.device.type == "cpu" and not bool(((uniform >= 0) & (uniform < 1)).all()):
-        raise ValueError("uniform: expected values in [0, 1)")
+        raise ValueError(f"uniform: expected values in [0, 1), got values in [{uniform.min():g}, {uniform.max():g}]")
     uniform = uniform.double()
     if use_triton(logits):
         from . import kernel

@@ -80,7 +80,16 @@ def _engines() -> list[str]:
         "rollout engines",
         f"  auto          takes {name} ({reason})",
         "  loop          here, from the training weights themselves",
-        "  transformers  here, by its continuous batching; for GPUs with flash attention",
+        f"  transformers  here, by its continuous batching; for GPUs with flash attention{_too_old()}",
         f"  vllm          beside the policy, weights synced in place: {vllm}",
         f"  vllm_server   servers here ({vllm}) or elsewhere",
     ]
+
+
+def _too_old() -> str:
+    from packaging.version import Version
+
+    from fastgrpo.rollout.transformers import OLDEST
+
+    there = _version("transformers")
+    return "" if there is None or Version(there) >= Version(OLDEST) else f": transformers {OLDEST} is needed"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_suite
-from benchmarks.gpu import predictions, rollout, update, update_cases
+from benchmarks.gpu import checks, predictions, rollout, update, update_cases
 from benchmarks.gpu.bench import Bench
 from fastgrpo.errors import RunError
 from fastgrpo.packing import pack
@@ -57,7 +57,7 @@ def test_the_update_stage_says_what_it_compared(tmp_path: Path) -> None:
 
 def test_an_engine_that_cannot_run_here_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that says so, not one of wrong results: the GPU's transformers may be older than its engine needs."""
-    monkeypatch.setattr("fastgrpo.rollout.transformers._OLDEST", "99")
+    monkeypatch.setattr("fastgrpo.rollout.transformers.OLDEST", "99")
     bench = Bench("rollout", tmp_path, torch.device("cpu"), small=True)
     shape, job = update_cases.shapes(bench)[0], rollout.JOBS[True]
     make = rollout._makers(bench)["transformers"]
@@ -91,6 +91,13 @@ def test_suite_runs_stages_in_processes(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["results"][1]["ms"]["p20"] <= found["results"][1]["ms"]["median"]
     assert all(row["predicted_ms"] for row in found["results"] if row["case"] in ("gemm_rate", "head_gemms"))
     assert "gemm_rate" in capsys.readouterr().out
+
+
+def test_of_torch_the_build_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyPI's package of the CUDA build is version 2.11.0, what it holds 2.11.0+cu130."""
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "2.11.0")
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    assert checks.versions()["torch"] == "2.11.0+cu130"
 
 
 def test_a_stage_that_does_not_end_is_stopped(tmp_path: Path) -> None:

@@ -30,13 +30,14 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str | None]:
+    """Of torch the build that is loaded: a CUDA build's package may not say that it is one."""
     found: dict[str, str | None] = {"python": sys.version.split()[0], "cuda": torch.version.cuda}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
-    return found
+    return found | {"torch": torch.__version__}
 
 
 def environment(bench: Bench) -> None:

@@ -32,7 +32,7 @@ _ROWS, _TOKENS = 32, 256
 # A generation thread that still runs so long after it was told to stop is given up.
 _STOP_SECONDS = 10.0
 # The first version with all that is used here; its managers can be paused.
-_OLDEST = "5.23"
+OLDEST = "5.23"
 # Largest difference of a log-prob from a full forward's in the check at the start; 16 bits round each in their own way.
 _TOLERANCE = {torch.float16: 0.2, torch.bfloat16: 0.5}
 
@@ -385,8 +385,8 @@ def _why_never(model: Any, causal_lm: Any) -> str | None:
     import transformers
     from packaging.version import Version
 
-    if Version(transformers.__version__) < Version(_OLDEST):
-        return f"transformers {_OLDEST} is needed, this is {transformers.__version__}"
+    if Version(transformers.__version__) < Version(OLDEST):
+        return f"transformers {OLDEST} is needed, this is {transformers.__version__}"
     from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 
     if not hasattr(causal_lm, "init_continuous_batching") or not hasattr(causal_lm, "set_attn_implementation"):

@@ -211,6 +211,15 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "auto          takes loop" in text or torch.cuda.is_available()
 
 
+@pytest.mark.parametrize(("oldest", "said"), [("0.1", False), ("99", True)])
+def test_doctor_offers_no_engine_that_transformers_is_too_old_for(
+    oldest: str, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fastgrpo.rollout.transformers.OLDEST", oldest)
+    assert main(["doctor"]) == 0
+    assert (f": transformers {oldest} is needed" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("path", sorted(_EXAMPLES.glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_config_is_valid(path: Path) -> None:
     from fastgrpo.cli import _read_command

@@ -124,9 +124,9 @@ def _slots(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def _transformers(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> Any:
-    from fastgrpo.rollout.transformers import _OLDEST, TransformersEngine
+    from fastgrpo.rollout.transformers import OLDEST, TransformersEngine
 
-    pytest.importorskip("transformers", _OLDEST)
+    pytest.importorskip("transformers", OLDEST)
     return TransformersEngine(policy.model, policy.tokenizer)
 
 

@@ -20,7 +20,7 @@ from fastgrpo.records import Prompt, Rollout, Sampling
 from fastgrpo.rollout import transformers as module
 from fastgrpo.rollout.transformers import TransformersEngine
 
-pytest.importorskip("transformers", module._OLDEST)
+pytest.importorskip("transformers", module.OLDEST)
 
 
 @pytest.fixture(scope="module")

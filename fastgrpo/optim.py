@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import GRPOConfig
+from fastgrpo.distributed import Ranks
 from fastgrpo.errors import RunError
 
 
@@ -83,6 +84,10 @@ class Optimizer:
                 p.grad = torch.zeros_like(p)
             else:
                 p.grad.zero_()
+
+    def add_up(self, ranks: Ranks) -> None:
+        """The gradient becomes the sum of all processes' ones."""
+        ranks.add_up([p.grad for p in self._masters if p.grad is not None])
 
     @torch.no_grad()
     def norm(self) -> Tensor:

@@ -6,6 +6,7 @@ As few micro-batches as the budget allows, weighed against one another by the wo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -48,6 +49,7 @@ def pack_lazily(
     share: bool = False,
     work: Work = _TOKENS,
     numbers: Sequence[str] = PER_TOKEN,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[PackedBatch]:
     """Cut into micro-batches of at most `max_tokens` tokens, on the CPU; one longer sequence goes alone.
 
@@ -55,6 +57,7 @@ def pack_lazily(
     are parted, and the prompt repeated, only where they exceed the budget.
     work: what tokens cost; the micro-batches, no more of them than the tokens ask for, are to cost the same.
     numbers: which of the rollouts' numbers per token go along.
+    part: which process's micro-batches, of how many: they are cut and dealt out so that all have the same work.
     The same rollouts give the same micro-batches. Raises ValueError, with the numbers, for a budget below 1, a prompt
     or completion without tokens, and log-probs that are not one per token.
     """
@@ -62,19 +65,20 @@ def pack_lazily(
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     for i, r in enumerate(rollouts):
         _check(i, r)
-    prompts = [len(r.prompt.token_ids) for r in rollouts]
     families: dict[Any, list[int]] = {}
     for i, r in enumerate(rollouts):
         families.setdefault(tuple(r.prompt.token_ids) if share else i, []).append(i)
-    units: list[list[int]] = []
-    for family in families.values():
-        parts = _first_fit([rollouts[i].num_tokens for i in family], max_tokens - prompts[family[0]])
-        units += [[family[k] for k in part] for part in parts]
-    lengths = [[rollouts[i].num_tokens for i in unit] for unit in units]
-    sizes = [prompts[unit[0]] + sum(tokens) for unit, tokens in zip(units, lengths, strict=True)]
-    costs = [work.of(prompts[unit[0]], tokens) for unit, tokens in zip(units, lengths, strict=True)]
-    for chosen in _balanced(sizes, costs, max_tokens):
-        yield _pack_one(rollouts, [units[u] for u in chosen], sum(costs[u] for u in chosen), numbers)
+    rank, ranks = part
+    limits = [max_tokens]
+    if ranks > 1:  # one that is larger than a process's share of all would keep that process busy alone
+        tokens = sum(r.num_tokens for r in rollouts) + sum(
+            len(rollouts[f[0]].prompt.token_ids) for f in families.values()
+        )
+        limits.append(min(max_tokens, -(-tokens // ranks)))
+    cuts = [_cut(rollouts, list(families.values()), limit, max_tokens, work, ranks) for limit in limits]
+    hands = min((_dealt(cut, ranks) for cut in cuts), key=lambda hands: max(_cost(hand) for hand in hands))
+    for chosen in hands[rank]:
+        yield _pack_one(rollouts, chosen.units, chosen.cost, numbers)
 
 
 def _check(i: int, rollout: Rollout) -> None:
@@ -90,10 +94,52 @@ def _check(i: int, rollout: Rollout) -> None:
             raise ValueError(f"rollouts[{i}].{name}: {list(values.shape)} numbers for {tokens} tokens")
 
 
-def _balanced(sizes: list[int], costs: list[float], capacity: int) -> list[list[int]]:
-    """Bins as of `_first_fit`, no more of them, that cost about the same: whichever way makes the costliest cheaper."""
+@dataclass(frozen=True)
+class _Bin:
+    """What becomes a micro-batch: indices of completions, by the prompt they share, and what they cost."""
+
+    units: list[list[int]]
+    cost: float
+
+
+def _cut(
+    rollouts: list[Rollout], families: list[list[int]], longest: int, capacity: int, work: Work, ranks: int
+) -> list[_Bin]:
+    """families: completions of one prompt, kept together up to `longest` tokens."""
+    units: list[list[int]] = []
+    for family in families:
+        room = longest - len(rollouts[family[0]].prompt.token_ids)
+        parts = _first_fit([rollouts[i].num_tokens for i in family], room)
+        units += [[family[k] for k in part] for part in parts]
+    prompts = [len(rollouts[unit[0]].prompt.token_ids) for unit in units]
+    lengths = [[rollouts[i].num_tokens for i in unit] for unit in units]
+    sizes = [prompt + sum(tokens) for prompt, tokens in zip(prompts, lengths, strict=True)]
+    costs = [work.of(prompt, tokens) for prompt, tokens in zip(prompts, lengths, strict=True)]
+    return [_Bin([units[u] for u in b], sum(costs[u] for u in b)) for b in _balanced(sizes, costs, capacity, ranks)]
+
+
+def _dealt(bins: list[_Bin], ranks: int) -> list[list[_Bin]]:
+    """Each process's bins, in their order: the costliest is dealt first, to whoever has least."""
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    held = [0.0] * ranks
+    for b in sorted(range(len(bins)), key=lambda b: -bins[b].cost):
+        least = min(range(ranks), key=lambda r: held[r])
+        hands[least].append(b)
+        held[least] += bins[b].cost
+    return [[bins[b] for b in sorted(hand)] for hand in hands]
+
+
+def _cost(bins: list[_Bin]) -> float:
+    return sum(b.cost for b in bins)
+
+
+def _balanced(sizes: list[int], costs: list[float], capacity: int, ranks: int) -> list[list[int]]:
+    """Bins as of `_first_fit` that cost about the same: whichever way makes the costliest cheaper.
+
+    No more of them than that, but as many for every process.
+    """
     fewest = _first_fit(sizes, capacity)
-    balanced = _least_work(sizes, costs, capacity, len(fewest))
+    balanced = _least_work(sizes, costs, capacity, -(-len(fewest) // ranks) * ranks)
     if balanced is None or _costliest(fewest, costs) <= _costliest(balanced, costs):
         return fewest
     return balanced

@@ -35,11 +35,11 @@ MODEL_FOLDER = "model"
 
 
 def write_snapshot(
-    folder: Path, *, updater: Updater, state: TrainState, rng: dict[str, Any], pending: RolloutBatch | None
+    folder: Path, *, updater: Updater, state: TrainState, rng: list[dict[str, Any]], pending: RolloutBatch | None
 ) -> None:
-    """Write everything that decides the future of a run into `folder`."""
+    """Write everything that decides the future of a run into `folder`; rng: the generators of every process."""
     updater.policy.save(folder / MODEL_FOLDER)
-    contents: dict[str, Any] = {"state": asdict(state), "rng": rng}
+    contents: dict[str, Any] = {"state": asdict(state), "rng": rng[0], "rng_of_others": rng[1:]}
     contents["optimizer"] = _write_optimizer(folder, "optimizer", updater.optimizer)
     if updater.critic is not None and updater.critic_optimizer is not None:
         save_tensors(folder / "critic.safetensors", dict(updater.critic.trainable()))
@@ -55,6 +55,8 @@ def write_snapshot(
 
 def read_snapshot(folder: Path, *, updater: Updater, source: PromptSource) -> tuple[TrainState, RolloutBatch | None]:
     """Put a run back where `write_snapshot` found it, the random generators included.
+
+    Of those of the process that reads them; a process that the run did not have keeps its own.
 
     Raises CheckpointError or ValueError when the checkpoint is another model's, optimizer's or data set's, or when its
     pending rollouts were being used in another way.
@@ -84,7 +86,9 @@ def read_snapshot(folder: Path, *, updater: Updater, source: PromptSource) -> tu
         saved = load_tensors(folder / "rollouts.safetensors")
         rollouts = unpack_rollouts(saved, contents["rollouts"], source.__getitem__)
         pending = RolloutBatch(rollouts, **contents["batch"])
-    set_rng_state(contents["rng"])
+    generators = [contents["rng"], *contents.get("rng_of_others", [])]
+    if updater.ranks.rank < len(generators):
+        set_rng_state(generators[updater.ranks.rank])
     return TrainState(**contents["state"]), pending
 
 

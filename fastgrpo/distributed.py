@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -107,6 +107,12 @@ class Ranks:
         """
         return [value] if self.alone else [pickle.loads(data) for data in self._gather_bytes(what, pickle.dumps(value))]
 
+    def same(self, what: str, value: Any) -> None:
+        """Raises RunError, in every process, where it is not the same in all."""
+        values = self.gather(what, value)
+        if any(other != values[0] for other in values):
+            raise RunError(f"the processes have drifted apart: {what} differ ({', '.join(map(str, values))})")
+
     def together(self, what: str, stage: Callable[[], T], *, cuttable: bool = False) -> list[T]:
         """Run `stage` in every process; what it gave in each. Raised by one, raised by all: nobody waits for ever.
 
@@ -174,6 +180,13 @@ class Ranks:
             collective(flat)
             for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """A sum of their bits, that of any change of a few of them is another; one wait for the device."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [t.detach().view(whole[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+    return int(torch.stack(sums).sum())
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

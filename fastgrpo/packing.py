@@ -69,13 +69,13 @@ def pack_lazily(
     for i, r in enumerate(rollouts):
         families.setdefault(tuple(r.prompt.token_ids) if share else i, []).append(i)
     rank, ranks = part
-    limits = [max_tokens]
+    groups = list(families.values())
+    cuts = [_cut(rollouts, groups, max_tokens, max_tokens, work, ranks)]
     if ranks > 1:  # one that is larger than a process's share of all would keep that process busy alone
-        tokens = sum(r.num_tokens for r in rollouts) + sum(
-            len(rollouts[f[0]].prompt.token_ids) for f in families.values()
-        )
-        limits.append(min(max_tokens, -(-tokens // ranks)))
-    cuts = [_cut(rollouts, list(families.values()), limit, max_tokens, work, ranks) for limit in limits]
+        prompts = [len(rollouts[family[0]].prompt.token_ids) for family in groups]
+        tokens = [r.num_tokens for r in rollouts]
+        share_of_all = -(-(sum(tokens) + sum(prompts)) // ranks) + max(tokens, default=0) + max(prompts, default=0)
+        cuts.append(_cut(rollouts, groups, min(max_tokens, share_of_all), max_tokens, work, ranks))
     hands = min((_dealt(cut, ranks) for cut in cuts), key=lambda hands: max(_cost(hand) for hand in hands))
     for chosen in hands[rank]:
         yield _pack_one(rollouts, chosen.units, chosen.cost, numbers)
@@ -109,12 +109,14 @@ def _cut(
     units: list[list[int]] = []
     for family in families:
         room = longest - len(rollouts[family[0]].prompt.token_ids)
-        parts = _first_fit([rollouts[i].num_tokens for i in family], room)
+        lengths = [rollouts[i].num_tokens for i in family]
+        # Where the budget alone parts them, full parts and a rest fill micro-batches better than even ones.
+        parts = _first_fit(lengths, room) if longest == capacity else _balanced(lengths, lengths, room, 1)
         units += [[family[k] for k in part] for part in parts]
     prompts = [len(rollouts[unit[0]].prompt.token_ids) for unit in units]
-    lengths = [[rollouts[i].num_tokens for i in unit] for unit in units]
-    sizes = [prompt + sum(tokens) for prompt, tokens in zip(prompts, lengths, strict=True)]
-    costs = [work.of(prompt, tokens) for prompt, tokens in zip(prompts, lengths, strict=True)]
+    tokens = [[rollouts[i].num_tokens for i in unit] for unit in units]
+    sizes = [prompt + sum(own) for prompt, own in zip(prompts, tokens, strict=True)]
+    costs = [work.of(prompt, own) for prompt, own in zip(prompts, tokens, strict=True)]
     return [_Bin([units[u] for u in b], sum(costs[u] for u in b)) for b in _balanced(sizes, costs, capacity, ranks)]
 
 
@@ -133,7 +135,7 @@ def _cost(bins: list[_Bin]) -> float:
     return sum(b.cost for b in bins)
 
 
-def _balanced(sizes: list[int], costs: list[float], capacity: int, ranks: int) -> list[list[int]]:
+def _balanced(sizes: list[int], costs: Sequence[float], capacity: int, ranks: int) -> list[list[int]]:
     """Bins as of `_first_fit` that cost about the same: whichever way makes the costliest cheaper.
 
     No more of them than that, but as many for every process.
@@ -145,7 +147,7 @@ def _balanced(sizes: list[int], costs: list[float], capacity: int, ranks: int) -
     return balanced
 
 
-def _costliest(bins: list[list[int]], costs: list[float]) -> float:
+def _costliest(bins: list[list[int]], costs: Sequence[float]) -> float:
     return max((sum(costs[i] for i in members) for members in bins), default=0.0)
 
 
@@ -164,7 +166,7 @@ def _first_fit(sizes: list[int], capacity: int) -> list[list[int]]:
     return [sorted(members) for members in bins]
 
 
-def _least_work(sizes: list[int], costs: list[float], capacity: int, count: int) -> list[list[int]] | None:
+def _least_work(sizes: list[int], costs: Sequence[float], capacity: int, count: int) -> list[list[int]] | None:
     """Longest processing time first (Graham 1969) with a capacity. None where an item is left without a place."""
     bins: list[list[int]] = [[] for _ in range(count)]
     room = [capacity] * count

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from fastgrpo.checkpoint import CheckpointStore, find_checkpoint
+from fastgrpo.checkpoint import CheckpointStore
 from fastgrpo.collect import Collector
 from fastgrpo.config import ConfigError, GRPOConfig
 from fastgrpo.data import PromptSource
-from fastgrpo.distributed import Ranks
+from fastgrpo.distributed import Ranks, checksum
 from fastgrpo.errors import RunError
 from fastgrpo.evaluation import evaluate
 from fastgrpo.integrations.callbacks import Callbacks
@@ -268,6 +268,8 @@ class GRPOTrainer:
             return
         self.recorder.sync()
         generators = self.ranks.gather("random generators", rng)
+        if not self.ranks.alone:
+            self.ranks.same("weights", checksum(self.policy.model.parameters()))
 
         def write(folder: Path) -> None:
             write_snapshot(folder, updater=self.updater, state=self.state, rng=generators, pending=self.pending)
@@ -279,7 +281,7 @@ class GRPOTrainer:
         """Everything between the call of `train` and the first step. Returns whether there is anything left to do."""
         config = self.config
         options = self.task.options() | config.to_dict()
-        afresh, checkpoint = self.ranks.from_first("output_dir", lambda: self._look(options, resume))
+        afresh, checkpoint = self.ranks.from_first("output_dir", lambda: self.directory.look(options, resume, config))
         if checkpoint is None:
             self._begin_anew()
         elif self._finished(checkpoint):
@@ -321,20 +323,6 @@ class GRPOTrainer:
             self.recorder.message(note)
         self._mark_boundary()
         return True
-
-    def _look(self, options: dict[str, Any], resume: str) -> tuple[bool, Path | None]:
-        """Is an old run to be removed, and if not, which checkpoint is gone on from?"""
-        if self.directory.path.is_dir():
-            self.directory.lock()
-        afresh = self.directory.check(
-            options,
-            restart=resume == "never",
-            overwrite=self.config.overwrite_output_dir,
-            allow_change=self.config.allow_config_change,
-        )
-        if afresh and resume not in ("auto", "never"):
-            raise ConfigError(f"overwrite_output_dir would remove the run that resume={resume!r} is to go on from")
-        return afresh, None if afresh else find_checkpoint(self.directory.path, resume)
 
     def _begin_recording(self, options: dict[str, Any], step: int) -> None:
         """Drop what was written after the checkpoint of `step`, -1 without one, and write on from there."""
@@ -384,6 +372,7 @@ class GRPOTrainer:
             self._loaded = True
         if train_rows is not None:
             self.source = make_prompts(train_rows, self.policy, config, config.max_completion_length)
+            self.ranks.same("rows of train_dataset", len(self.source))
         if eval_rows is not None:
             longest = config.eval_max_completion_length or config.max_completion_length
             held_out = make_prompts(eval_rows, self.policy, config, longest)

@@ -18,7 +18,6 @@ from fastgrpo.advantages import assign_token_advantages
 from fastgrpo.agreement import check_agreement
 from fastgrpo.config import GRPOConfig
 from fastgrpo.distributed import Ranks
-from fastgrpo.errors import RunError
 from fastgrpo.gpus import gpu_of
 from fastgrpo.loss import policy_loss, value_loss
 from fastgrpo.optim import Optimizer
@@ -161,20 +160,17 @@ class Updater:
         optimizer.add_up(self.ranks)
         norm = {norm_name: optimizer.norm().double()}
         if not self.ranks.alone:
-            outputs, norm = self._everywhere(LossOutput.combine([*outputs, norm]), norm_name)
+            outputs = self._everywhere(LossOutput.combine(outputs))
         # The one wait of the step: until here the host runs ahead of the device.
         figures = LossOutput.reduce([*outputs, norm])
         return figures, optimizer.step(rate, figures[norm_name])
 
-    def _everywhere(self, own: Metrics, norm_name: str) -> tuple[list[Metrics], Metrics]:
-        """The figures of every process, and the norm, which must be the same in all of them."""
-        values = dict(zip(own, torch.stack(list(own.values())).tolist(), strict=True))
-        parts = self.ranks.gather("figures", values)
-        norms = [part.pop(norm_name) for part in parts]
-        if len({norm.hex() for norm in norms}) > 1:
-            raise RunError(f"the processes have drifted apart: their gradients' norms are {norms}")
-        tensors = [{name: torch.tensor(x, dtype=torch.float64) for name, x in part.items()} for part in parts]
-        return tensors, {norm_name: torch.tensor(norms[0], dtype=torch.float64)}
+    def _everywhere(self, own: Metrics) -> list[Metrics]:
+        """The figures of every process, on this one's device."""
+        values = torch.stack(list(own.values())).tolist() if own else []
+        parts = self.ranks.gather("figures", dict(zip(own, values, strict=True)))
+        device = self.policy.device
+        return [{k: torch.tensor(x, dtype=torch.float64, device=device) for k, x in part.items()} for part in parts]
 
     def _hand_out(self, values: list[tuple[PackedBatch, Tensor]], rollouts: list[Rollout], name: str) -> None:
         """Hand each micro-batch's [N] values back to the completions they belong to, on the CPU, in one transfer."""

@@ -1,9 +1,9 @@
 """Several processes as one run, a GPU each: who does which part of the work, and how the parts come together.
 
-Every process holds the whole model and the optimizer, draws the same prompts, knows the whole scored batch and cuts it
-into the same micro-batches. Divided are sampling, scoring, and forward and backward passes; gradients are summed, so
-all take the same optimizer step and their weights stay equal bit for bit. `Ranks()` is a run of one process: nothing
-is divided, and torch.distributed is not touched.
+Every process holds the whole model, draws the same prompts, knows the whole scored batch and cuts it into the same
+micro-batches. Divided are sampling, scoring, forward and backward passes, and the optimizer: each parameter's gradients
+are summed where it is owned, and its new value goes from there to all, so that weights stay equal bit for bit.
+`Ranks()` is a run of one process: nothing is divided, and torch.distributed is not touched.
 
 Not done here: models that do not fit one device (sharded weights), several machines.
 """
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -111,7 +112,7 @@ class Ranks:
         """Raises RunError, in every process, where it is not the same in all."""
         values = self.gather(what, value)
         if any(other != values[0] for other in values):
-            raise RunError(f"the processes have drifted apart: {what} differ ({', '.join(map(str, values))})")
+            raise RunError(f"the processes of this run have different {what}: {', '.join(map(str, values))}")
 
     def together(self, what: str, stage: Callable[[], T], *, cuttable: bool = False) -> list[T]:
         """Run `stage` in every process; what it gave in each. Raised by one, raised by all: nobody waits for ever.
@@ -163,12 +164,30 @@ class Ranks:
             self._in_buckets(tensors, dist.all_reduce)
 
     @torch.no_grad()
-    def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor becomes the first process's, in place."""
+    def add_up_at(self, owners: Sequence[int], tensors: Sequence[Tensor | None]) -> None:
+        """Each tensor becomes the sum of all processes' ones where it is owned; elsewhere what it holds is lost."""
         if not self.alone:
             import torch.distributed as dist
 
-            self._in_buckets(tensors, lambda flat: dist.broadcast(flat, src=0))
+            for owner, theirs in self._by_owner(owners, tensors):
+                self._in_buckets(theirs, partial(dist.reduce, dst=owner))
+
+    @torch.no_grad()
+    def copy_from(self, owners: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        """Each tensor becomes its owner's, in place."""
+        if not self.alone:
+            import torch.distributed as dist
+
+            for owner, theirs in self._by_owner(owners, tensors):
+                self._in_buckets(theirs, partial(dist.broadcast, src=owner))
+
+    def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
+        """Each tensor becomes the first process's, in place."""
+        self.copy_from([0] * len(tensors), tensors)
+
+    def _by_owner(self, owners: Sequence[int], tensors: Sequence[Tensor | None]) -> Iterator[tuple[int, list[Tensor]]]:
+        for owner in range(self.size):
+            yield owner, [t for t, o in zip(tensors, owners, strict=True) if o == owner and t is not None]
 
     def _in_buckets(self, tensors: Sequence[Tensor], collective: Callable[[Tensor], Any]) -> None:
         """A large tensor by itself, where it lies; small ones together."""
@@ -180,13 +199,6 @@ class Ranks:
             collective(flat)
             for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
-
-
-def checksum(tensors: Iterable[Tensor]) -> int:
-    """A sum of their bits, that of any change of a few of them is another; one wait for the device."""
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [t.detach().view(whole[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
-    return int(torch.stack(sums).sum())
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

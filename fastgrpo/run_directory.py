@@ -28,6 +28,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.completions = self.path / "completions"
         self.summary = self.path / "summary.json"
+        self.parts = self.path / ".parts"  # what other processes add to a checkpoint, until the first takes it in
         self._lock: IO[str] | None = None
 
     def lock(self) -> None:

@@ -23,7 +23,7 @@ from fastgrpo.checkpoint import CheckpointStore
 from fastgrpo.collect import Collector
 from fastgrpo.config import ConfigError, GRPOConfig
 from fastgrpo.data import PromptSource
-from fastgrpo.distributed import Ranks, checksum
+from fastgrpo.distributed import Ranks
 from fastgrpo.errors import RunError
 from fastgrpo.evaluation import evaluate
 from fastgrpo.integrations.callbacks import Callbacks
@@ -36,7 +36,7 @@ from fastgrpo.rollout import Engine, make_engine
 from fastgrpo.run_directory import RunDirectory
 from fastgrpo.seeding import derive_seed, seed_generators
 from fastgrpo.signals import StopRequested, StopSignals
-from fastgrpo.snapshot import MODEL_FOLDER, read_snapshot, write_snapshot
+from fastgrpo.snapshot import MODEL_FOLDER, read_snapshot, write_part, write_snapshot
 from fastgrpo.state import load_json, rng_state
 from fastgrpo.task import Task, make_prompts
 from fastgrpo.update import Updater
@@ -267,12 +267,13 @@ class GRPOTrainer:
         if self._last_saved_step == self.state.step:
             return
         self.recorder.sync()
-        generators = self.ranks.gather("random generators", rng)
-        if not self.ranks.alone:
-            self.ranks.same("weights", checksum(self.policy.model.parameters()))
+        files = self.directory.parts
+        parts = self.ranks.together("their parts", lambda: write_part(files, updater=self.updater, rng=rng))
 
         def write(folder: Path) -> None:
-            write_snapshot(folder, updater=self.updater, state=self.state, rng=generators, pending=self.pending)
+            write_snapshot(
+                folder, updater=self.updater, state=self.state, parts=parts, files=files, pending=self.pending
+            )
 
         self._last_saved = self.ranks.from_first("checkpoint", lambda: self.store.save(self.state.step, write))
         self._last_saved_step = self.state.step
@@ -288,13 +289,13 @@ class GRPOTrainer:
             return False
         self._load(self._where_to_load(checkpoint), train=True)
         self.ranks.from_first("claim", lambda: self.directory.claim(options, afresh=afresh))
-        self.optimizer = Optimizer(self.policy.trainable(), config)
+        self.optimizer = Optimizer(self.policy.trainable(), config, self.ranks)
         if config.needs_reference and self.reference is None:
             self.reference = Reference(self.policy)
         if config.has_critic:
             self.critic = self.critic or make_critic(self.policy, config, self.task.peft_config)
             self.ranks.copy_from_first([p for _, p in self.critic.trainable()])
-            self.critic_optimizer = Optimizer(self.critic.trainable(), config)
+            self.critic_optimizer = Optimizer(self.critic.trainable(), config, self.ranks)
         if config.sync_ref_model and self.policy.is_peft:
             raise ConfigError("sync_ref_model excludes adapters: there the reference is the model without them")
         self.collector = Collector(self.source, self.engine, self.rewards, config, self.ranks)
@@ -372,7 +373,7 @@ class GRPOTrainer:
             self._loaded = True
         if train_rows is not None:
             self.source = make_prompts(train_rows, self.policy, config, config.max_completion_length)
-            self.ranks.same("rows of train_dataset", len(self.source))
+            self.ranks.same("numbers of rows in train_dataset", len(self.source))
         if eval_rows is not None:
             longest = config.eval_max_completion_length or config.max_completion_length
             held_out = make_prompts(eval_rows, self.policy, config, longest)

@@ -157,7 +157,6 @@ class Updater:
         self, optimizer: Optimizer, rate: float, outputs: Sequence[LossOutput | Metrics], norm_name: str
     ) -> tuple[dict[str, float], bool]:
         """One optimizer step with the gradients of all processes; the outputs' figures over all, and was it applied."""
-        optimizer.add_up(self.ranks)
         norm = {norm_name: optimizer.norm().double()}
         if not self.ranks.alone:
             outputs = self._everywhere(LossOutput.combine(outputs))

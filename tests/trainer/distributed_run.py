@@ -20,6 +20,7 @@ from typing import Any
 import killed_run
 import pytest
 import torch
+import yaml
 
 
 def digits(completions: list[str], log_metric: Any, **_: Any) -> list[float]:
@@ -43,6 +44,13 @@ def nothing(completions: list[str], **_: Any) -> list[None]:
 
 
 calls = 0
+
+
+def rows_by_rank() -> Any:
+    """A data set that is another one in each process."""
+    from datasets import Dataset
+
+    return Dataset.from_list([{"prompt": f"{i}=", "answer": "1"} for i in range(3 + int(os.environ["RANK"]))])
 
 
 class Early:
@@ -112,11 +120,34 @@ def probe_tensors(folder: Path) -> None:
         torch.testing.assert_close(tensor, sum(parts[1:], start=parts[0].clone()))
     sums = ranks.gather("sums", own)
     assert all(torch.equal(a, b) for other in sums for a, b in zip(other, own, strict=True))
+    owners = [i % 3 for i in range(len(own))]
+    parts = make(ranks.rank)
+    ranks.add_up_at(owners, parts)
+    owned = [rank == ranks.rank for rank in owners]
+    for mine, part, whole in zip(owned, parts, own, strict=True):
+        assert not mine or torch.allclose(part, whole)
+    own = make(ranks.rank)
+    ranks.copy_from(owners, own)
+    for owner, tensor, *given in zip(owners, own, *everybody, strict=True):
+        assert torch.equal(tensor, given[owner])
     own = make(ranks.rank)
     ranks.copy_from_first(own)
     assert all(torch.equal(a, b) for a, b in zip(own, everybody[0], strict=True))
     (folder / f"passed-{ranks.rank}").touch()
     ranks.leave()
+
+
+def probe_callback(folder: Path) -> None:
+    """A run from Python, with a callback."""
+    from fastgrpo import GRPOConfig, GRPOTrainer
+
+    options = yaml.safe_load((folder / "config.yaml").read_text())
+    names = ("model", "train_dataset", "eval_dataset", "reward_funcs")
+    task = {name: options.pop(name) for name in names}
+    trainer = GRPOTrainer(args=GRPOConfig(**options), callbacks=[Early], **task)
+    state = trainer.train()
+    assert state.step == 3
+    trainer.ranks.leave()
 
 
 def _note_weights(folder: Path) -> None:
@@ -128,7 +159,7 @@ def _note_weights(folder: Path) -> None:
     def noted(self: GRPOTrainer) -> None:
         digest = hashlib.sha256()
         for parameter in self.policy.model.parameters():
-            digest.update(parameter.detach().numpy().tobytes())
+            digest.update(parameter.detach().float().numpy().tobytes())
         (folder / f"weights-{self.ranks.rank}").write_text(digest.hexdigest())
         end(self)
 
@@ -146,7 +177,8 @@ def _disturb(what: str) -> None:
         def moved(self: GRPOTrainer) -> None:
             begin(self)
             with torch.no_grad():
-                next(self.policy.model.parameters()).view(-1)[7] += 1e-4
+                for parameter in self.policy.model.parameters():
+                    parameter += 1e-3
 
         GRPOTrainer._begin = moved  # type: ignore[method-assign]
     elif what == "engine":

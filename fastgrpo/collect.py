@@ -113,7 +113,7 @@ class Collector:
         rollouts = [r for part, _, _ in parts for r in part]
         return rollouts, parts[0][1] if self.ranks.alone else merged([report for _, report, _ in parts])
 
-    def _sampling(self, batch: int, attempt: int, first_group: int) -> Sampling:
+    def _sampling(self, batch: int, attempt: int, first_group: int = 0) -> Sampling:
         config = self.config
         return Sampling(
             max_tokens=config.max_completion_length,
@@ -147,9 +147,8 @@ class Collector:
         Nothing of it enters `state`: a run that goes on from a checkpoint samples the batch anew.
         """
         prompts, _ = self.source.draw(state.prompts_drawn, self.config.num_prompts_per_step)
-        begin, share = self.ranks.share(prompts)
-        sampling = self._sampling(state.batches_done + 1, 1, begin)
-        self._ahead = self._threads.submit(self._generate, share, sampling, trainer_state)
+        sampling = self._sampling(state.batches_done + 1, 1)
+        self._ahead = self._threads.submit(self._generate, prompts, sampling, trainer_state)
 
 
 def batch_metrics(rollouts: list[Rollout]) -> dict[str, float]:

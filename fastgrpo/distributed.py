@@ -201,6 +201,16 @@ class Ranks:
                 tensor.copy_(part.view_as(tensor))
 
 
+def owners_of(sizes: Sequence[int], processes: int) -> list[int]:
+    """Which process owns each of some things: the largest goes first, to whoever has least."""
+    held = [0] * processes
+    owners = [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        owners[i] = held.index(min(held))
+        held[owners[i]] += sizes[i]
+    return owners
+
+
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Neighbours of one dtype, up to so many numbers."""
     bucket: list[Tensor] = []

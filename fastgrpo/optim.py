@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.distributed import Ranks
+from fastgrpo.distributed import Ranks, owners_of
 from fastgrpo.errors import RunError
 
 
@@ -53,7 +53,7 @@ class Optimizer:
         named_parameters = sorted(named_parameters, key=lambda item: item[1].ndim < 2)
         self.shapes = {name: list(p.shape) for name, p in named_parameters}
         self._parameters = [p for _, p in named_parameters]
-        self._owners = _owners([p.numel() for p in self._parameters], self.ranks.size)
+        self._owners = owners_of([p.numel() for p in self._parameters], self.ranks.size)
         mine = [owner == self.ranks.rank for owner in self._owners]
         self.names = [name for name, own in zip(self.shapes, mine, strict=True) if own]
         pairs = zip(self._parameters, mine, strict=True)
@@ -151,13 +151,3 @@ class Optimizer:
             )
         for name, master in self.masters().items():
             master.copy_(tensors[name])
-
-
-def _owners(sizes: list[int], processes: int) -> list[int]:
-    """Whose each parameter is: the largest first, to whoever has least."""
-    held = [0] * processes
-    owners = [0] * len(sizes)
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        owners[i] = held.index(min(held))
-        held[owners[i]] += sizes[i]
-    return owners

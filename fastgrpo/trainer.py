@@ -82,6 +82,10 @@ class GRPOTrainer:
         self.rewards = RewardRunner(self.task.rewards(self.config), in_threads=self.config.overlap_rewards)
         self.config.loss_config()  # its own checks, before anything is loaded
         self.ranks = Ranks.join()
+        if not self.ranks.alone and ":" in self.config.device:
+            raise ConfigError(
+                f"device={self.config.device!r} is one, and there are {self.ranks.size} processes: leave it out"
+            )
         self.directory = RunDirectory(self.config.output_dir)
         self.state = TrainState()
         self.pending: RolloutBatch | None = None

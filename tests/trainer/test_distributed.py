@@ -279,6 +279,12 @@ class TestFaults:
         assert codes == [2, 2]
         assert "is a file" in outputs[0]
 
+    def test_one_device(self, runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
+        codes, outputs = runs.run(tmp_path, config=str(_config(tmp_path, tiny_model_dir, device="cpu:0")))
+        assert codes == [2, 2]
+        assert "device='cpu:0' is one, and there are 2 processes" in outputs[0]
+        assert outputs[1] == ""
+
     def test_engines_of_one_process(self, runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
         codes, outputs = runs.run(tmp_path, config=str(_config(tmp_path, tiny_model_dir, rollout_engine="vllm")))
         assert codes == [2, 2]

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fastgrpo.config import ConfigError
 from fastgrpo.files import sync
 from fastgrpo.state import CheckpointError, load_json
 
@@ -191,6 +192,21 @@ class CheckpointStore:
         except CheckpointError as error:
             return str(error)
         return f"the last checkpoint, {path.name}, is intact" if path else "there is no earlier checkpoint"
+
+
+def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
+    """What a run goes on from: the newest intact one of `run_dir` for "auto", none for "never", or the path given.
+
+    Raises ConfigError for a run directory in place of a checkpoint, CheckpointError for a damaged one.
+    """
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return CheckpointStore(run_dir).latest()
+    if (Path(resume) / "checkpoints").is_dir():
+        raise ConfigError(f"resume={resume!r} is a run directory: name one of its checkpoints, or use auto")
+    CheckpointStore.verify(resume)
+    return Path(resume)
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:

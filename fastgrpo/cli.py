@@ -67,7 +67,10 @@ def guarded(command: Callable[[], int]) -> int:
         if os.environ.get("FASTGRPO_TRACEBACK") or not _expected(error):
             raise
         hint = "" if isinstance(error, (ConfigError, RunError)) else " (FASTGRPO_TRACEBACK=1 shows where)"
-        print(f"fastgrpo: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        whose = "" if rank == "0" else f"process {rank}: "
+        if not whose or not isinstance(error, ConfigError):  # options are the same in all processes
+            print(f"fastgrpo: error: {whose}{' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 2
 
 
@@ -78,19 +81,24 @@ def _train(argv: list[str]) -> int:
     trainer.started = started
     from fastgrpo.signals import StopRequested
 
+    code = 0
     try:
         trainer.train(resume=resume)
     except StopRequested as stop:
-        return stop.exit_code
-    return 0
+        code = stop.exit_code
+    trainer.ranks.leave()
+    return code
 
 
 def _eval(argv: list[str]) -> int:
     import json
 
     config, _ = _read_command(argv, "eval")
-    metrics = _make_trainer(config).evaluate()
-    print(json.dumps({name: value if value == value else None for name, value in metrics.items()}, indent=2))
+    trainer = _make_trainer(config)
+    metrics = trainer.evaluate()
+    trainer.ranks.leave()
+    if trainer.ranks.first:
+        print(json.dumps({name: value if value == value else None for name, value in metrics.items()}, indent=2))
     return 0
 
 

@@ -1,4 +1,7 @@
-"""Prompts -> scored rollouts: draw, sample, score, and draw again for groups without a signal (DAPO)."""
+"""Prompts -> scored rollouts: draw, sample, score, and draw again for groups without a signal (DAPO).
+
+Every process draws all prompts, samples and scores its share, and gets those of the others.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ from typing import Any
 from fastgrpo.advantages import assign_advantages, group_signal
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data import PromptSource
+from fastgrpo.distributed import Ranks
 from fastgrpo.records import Prompt, Rollout, RolloutBatch, Sampling, TrainState
 from fastgrpo.rewards import (
     OverlappedScoring,
     RewardReport,
     RewardRunner,
+    merged,
     raise_if_all_failed,
     reward_statistics,
 )
@@ -28,11 +33,19 @@ _Sampled = tuple[list[Rollout], OverlappedScoring | None]
 class Collector:
     """Makes one rollout batch after another; `state` says where in the data it stands, and is moved on."""
 
-    def __init__(self, source: PromptSource, engine: Engine, rewards: RewardRunner, config: GRPOConfig) -> None:
+    def __init__(
+        self,
+        source: PromptSource,
+        engine: Engine,
+        rewards: RewardRunner,
+        config: GRPOConfig,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.source = source
         self.engine = engine
         self.rewards = rewards
         self.config = config
+        self.ranks = ranks or Ranks()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="rollouts-ahead")
         self._ahead: Future[_Sampled] | None = None
 
@@ -57,7 +70,7 @@ class Collector:
                 r.group += len(drawn)  # groups stay apart over the rounds
             kept += [r for r in fresh if last or alive[r.group - len(drawn)]]
             drawn += fresh
-        raise_if_all_failed(drawn, failures)
+        self.ranks.together("all rewards", lambda: raise_if_all_failed(drawn, failures))
         state.batches_done += 1
         state.num_tokens += sum(len(r.prompt.token_ids) + r.num_tokens for r in drawn)
         assign_advantages(kept, {f.name: f.weight for f in self.rewards.functions}, config)
@@ -77,19 +90,30 @@ class Collector:
     ) -> tuple[list[Rollout], RewardReport]:
         started = time.perf_counter()
         prompts, state.prompts_drawn = self.source.draw(state.prompts_drawn, count)
-        if self._ahead is None:
-            rollouts, scoring = self._generate(prompts, self._sampling(state.batches_done, attempt), trainer_state)
-        else:
-            rollouts, scoring = self._ahead.result()
-        generated = time.perf_counter()
-        if self.config.async_rollouts:
-            self._begin_ahead(state, trainer_state)
-        report = scoring.finish() if scoring else self._score(rollouts, trainer_state)
-        clock["perf/rollout_time"] += generated - started
-        clock["perf/reward_time"] += time.perf_counter() - generated
-        return rollouts, report
+        begin, share = self.ranks.share(prompts)
 
-    def _sampling(self, batch: int, attempt: int) -> Sampling:
+        def stage() -> tuple[list[Rollout], RewardReport, float]:
+            if self._ahead is None:
+                sampling = self._sampling(state.batches_done, attempt, begin)
+                rollouts, scoring = self._generate(share, sampling, trainer_state)
+            else:
+                rollouts, scoring = self._ahead.result()
+            generated = time.perf_counter()
+            if self.config.async_rollouts:
+                self._begin_ahead(state, trainer_state)
+            report = scoring.finish() if scoring else self._score(rollouts, trainer_state)
+            for r in rollouts:
+                r.group += begin
+            return rollouts, report, generated - started
+
+        parts = self.ranks.together("rollouts and rewards", stage, cuttable=True)
+        rollout_time = max(seconds for _, _, seconds in parts)
+        clock["perf/rollout_time"] += rollout_time
+        clock["perf/reward_time"] += time.perf_counter() - started - rollout_time
+        rollouts = [r for part, _, _ in parts for r in part]
+        return rollouts, parts[0][1] if self.ranks.alone else merged([report for _, report, _ in parts])
+
+    def _sampling(self, batch: int, attempt: int, first_group: int = 0) -> Sampling:
         config = self.config
         return Sampling(
             max_tokens=config.max_completion_length,
@@ -100,6 +124,7 @@ class Collector:
             top_k=config.top_k,
             top_p=config.top_p,
             min_p=config.min_p,
+            first_group=first_group,
         )
 
     def _score(self, rollouts: list[Rollout], trainer_state: Any) -> RewardReport:

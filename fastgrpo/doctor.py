@@ -52,7 +52,8 @@ def _devices() -> list[str]:
             f"{properties.major}.{properties.minor}, dtype bfloat16 by default"
         )
     if torch.cuda.device_count() > 1:
-        lines.append("                one of them is used: several GPUs are not supported yet")
+        count = torch.cuda.device_count()
+        lines.append(f"                all of them: torchrun --nproc-per-node {count} -m fastgrpo train CONFIG.yaml")
     return lines
 
 

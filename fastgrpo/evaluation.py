@@ -7,6 +7,7 @@ import statistics
 from typing import Any
 
 from fastgrpo.config import GRPOConfig
+from fastgrpo.distributed import Ranks
 from fastgrpo.records import Prompt, Rollout, Sampling
 from fastgrpo.rewards import RewardRunner
 from fastgrpo.rollout import Engine
@@ -14,22 +15,37 @@ from fastgrpo.seeding import derive_seed
 
 
 def evaluate(
-    prompts: list[Prompt], engine: Engine, rewards: RewardRunner, config: GRPOConfig, trainer_state: Any
+    prompts: list[Prompt],
+    engine: Engine,
+    rewards: RewardRunner,
+    config: GRPOConfig,
+    trainer_state: Any,
+    ranks: Ranks | None = None,
 ) -> tuple[dict[str, float], list[Rollout]]:
-    """Sample `eval_num_generations` completions per prompt and score them.
+    """Sample `eval_num_generations` completions per prompt and score them; each process of `ranks` its share.
 
     The same sampling seed every time: two evaluations differ by the weights alone. Failed samples leave every figure
     and are counted in `eval/failed`.
     """
+    ranks = ranks or Ranks()
+    begin, share = ranks.share(prompts)
     sampling = Sampling(
         max_tokens=config.eval_max_completion_length or config.max_completion_length,
         temperature=config.eval_temperature or config.temperature,
         seed=derive_seed(config.seed, "eval"),
         stop_token_ids=tuple(config.stop_token_ids),
         stop_strings=tuple(config.stop_strings),
+        first_group=begin,
     )
-    rollouts = engine.generate(prompts, config.eval_num_generations, sampling)
-    rewards.score(rollouts, trainer_state=trainer_state, all_may_fail=True)
+
+    def stage() -> list[Rollout]:
+        own = engine.generate(share, config.eval_num_generations, sampling)
+        rewards.score(own, trainer_state=trainer_state, all_may_fail=True)
+        for r in own:
+            r.group += begin
+        return own
+
+    rollouts = [r for part in ranks.together("evaluation", stage, cuttable=True) for r in part]
     return eval_metrics(rollouts, config.eval_num_generations, config.eval_pass_threshold), rollouts
 
 

@@ -1,4 +1,8 @@
-"""AdamW with fp32 master weights, clipping, the learning-rate schedule, and steps that a non-finite gradient skips."""
+"""AdamW with fp32 master weights, clipping, the learning-rate schedule, and steps that a non-finite gradient skips.
+
+Several processes share the work: each parameter has an owner, which alone keeps its master and moments, gets the sum of
+all gradients and hands the new weights out (ZeRO, stage 1: Rajbhandari et al., arXiv 1910.02054, by whole parameters).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import GRPOConfig
+from fastgrpo.distributed import Ranks, owners_of
 from fastgrpo.errors import RunError
 
 
@@ -33,20 +38,29 @@ class Optimizer:
 
     named_parameters: (name, parameter) of what trains. 16-bit parameters get an fp32 master copy when `master_weights`;
     each backward's gradient is added to an fp32 sum and freed at once.
+    ranks: the processes that share the parameters out among them; all train the same ones.
     """
 
-    def __init__(self, named_parameters: list[tuple[str, torch.nn.Parameter]], config: GRPOConfig) -> None:
+    def __init__(
+        self, named_parameters: list[tuple[str, torch.nn.Parameter]], config: GRPOConfig, ranks: Ranks | None = None
+    ) -> None:
         if not named_parameters:
             raise ValueError("nothing to train: no parameter of the model requires a gradient")
+        self.ranks = ranks or Ranks()
         self._max_norm = config.max_grad_norm
-        self._pairs: list[tuple[Tensor, Tensor]] = []  # (model's parameter, fp32 master)
         self._hooks: list[Any] = []
         # Matrices first: weight decay is theirs alone.
         named_parameters = sorted(named_parameters, key=lambda item: item[1].ndim < 2)
-        self.names = [name for name, _ in named_parameters]
-        self._masters = [self._master(p, config.master_weights) for _, p in named_parameters]
-        matrices = [p for p in self._masters if p.ndim >= 2]
-        vectors = [p for p in self._masters if p.ndim < 2]
+        self.shapes = {name: list(p.shape) for name, p in named_parameters}
+        self._parameters = [p for _, p in named_parameters]
+        self._owners = owners_of([p.numel() for p in self._parameters], self.ranks.size)
+        mine = [owner == self.ranks.rank for owner in self._owners]
+        self.names = [name for name, own in zip(self.shapes, mine, strict=True) if own]
+        pairs = zip(self._parameters, mine, strict=True)
+        self._masters = [self._master(p, config.master_weights, own) for p, own in pairs]
+        self._own = [(p, master) for p, master, own in zip(self._parameters, self._masters, mine, strict=True) if own]
+        matrices = [p for _, p in self._own if p.ndim >= 2]
+        vectors = [p for _, p in self._own if p.ndim < 2]
         self.torch_optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=config.learning_rate,
@@ -56,11 +70,13 @@ class Optimizer:
         )
         self.zero_grad()
 
-    def _master(self, parameter: torch.nn.Parameter, wanted: bool) -> Tensor:
+    def _master(self, parameter: torch.nn.Parameter, wanted: bool, own: bool) -> Tensor:
+        """What holds the sum of the gradients, and if it is this process's the fp32 weights."""
         if parameter.dtype not in (torch.bfloat16, torch.float16) or not wanted:
             return parameter
-        master = parameter.detach().float().clone()
-        self._pairs.append((parameter, master))
+        # Another's is a shape without memory: only its gradient is kept here.
+        none = torch.zeros((), dtype=torch.float32, device=parameter.device).expand(parameter.shape)
+        master = parameter.detach().float().clone() if own else none
 
         def accumulate(p: Tensor) -> None:
             assert master.grad is not None
@@ -86,8 +102,17 @@ class Optimizer:
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """The 2-norm of the whole gradient before clipping, 0-d, on the device."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self._masters if p.grad is not None])
+        """The 2-norm of the whole gradient before clipping, 0-d, on the device.
+
+        Of several processes each first gets the sum of all gradients for its own parameters: call it once a step.
+        """
+        self.ranks.add_up_at(self._owners, [p.grad for p in self._masters])
+        norm = torch.nn.utils.get_total_norm([p.grad for _, p in self._own if p.grad is not None])
+        if self.ranks.alone:
+            return norm
+        square = norm.to(self._parameters[0].device, torch.float64).square()
+        self.ranks.add_up([square])
+        return square.sqrt()
 
     @torch.no_grad()
     def step(self, rate: float, norm: float) -> bool:
@@ -95,18 +120,26 @@ class Optimizer:
         applied = math.isfinite(norm)
         if applied:
             if self._max_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(self._masters, self._max_norm, torch.tensor(norm))
+                own = [master for _, master in self._own]
+                torch.nn.utils.clip_grads_with_norm_(own, self._max_norm, torch.tensor(norm))
             for group in self.torch_optimizer.param_groups:
                 group["lr"] = rate
             self.torch_optimizer.step()
-            for parameter, master in self._pairs:
-                parameter.copy_(master)
+            for parameter, master in self._own:
+                if master is not parameter:
+                    parameter.copy_(master)
+            self.ranks.copy_from(self._owners, self._parameters)
         self.zero_grad()
         return applied
 
     def masters(self) -> dict[str, Tensor]:
-        """The fp32 weights that the model's own do not already hold, by place; empty for an fp32 model."""
-        return {f"master.{i}": master for i, (_, master) in enumerate(self._pairs)}
+        """The fp32 weights that the model's own do not already hold, by place; empty for an fp32 model.
+
+        Of several processes, those of this one's parameters.
+        """
+        pairs = [(p, m, owner) for p, m, owner in zip(self._parameters, self._masters, self._owners, strict=True)]
+        kept = enumerate((m, owner) for p, m, owner in pairs if m is not p)
+        return {f"master.{i}": master for i, (master, owner) in kept if owner == self.ranks.rank}
 
     @torch.no_grad()
     def load_masters(self, tensors: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ As few micro-batches as the budget allows, weighed against one another by the wo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -48,6 +49,7 @@ def pack_lazily(
     share: bool = False,
     work: Work = _TOKENS,
     numbers: Sequence[str] = PER_TOKEN,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[PackedBatch]:
     """Cut into micro-batches of at most `max_tokens` tokens, on the CPU; one longer sequence goes alone.
 
@@ -55,6 +57,7 @@ def pack_lazily(
     are parted, and the prompt repeated, only where they exceed the budget.
     work: what tokens cost; the micro-batches, no more of them than the tokens ask for, are to cost the same.
     numbers: which of the rollouts' numbers per token go along.
+    part: which process's micro-batches, of how many: they are cut and dealt out so that all have the same work.
     The same rollouts give the same micro-batches. Raises ValueError, with the numbers, for a budget below 1, a prompt
     or completion without tokens, and log-probs that are not one per token.
     """
@@ -62,19 +65,20 @@ def pack_lazily(
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     for i, r in enumerate(rollouts):
         _check(i, r)
-    prompts = [len(r.prompt.token_ids) for r in rollouts]
     families: dict[Any, list[int]] = {}
     for i, r in enumerate(rollouts):
         families.setdefault(tuple(r.prompt.token_ids) if share else i, []).append(i)
-    units: list[list[int]] = []
-    for family in families.values():
-        parts = _first_fit([rollouts[i].num_tokens for i in family], max_tokens - prompts[family[0]])
-        units += [[family[k] for k in part] for part in parts]
-    lengths = [[rollouts[i].num_tokens for i in unit] for unit in units]
-    sizes = [prompts[unit[0]] + sum(tokens) for unit, tokens in zip(units, lengths, strict=True)]
-    costs = [work.of(prompts[unit[0]], tokens) for unit, tokens in zip(units, lengths, strict=True)]
-    for chosen in _balanced(sizes, costs, max_tokens):
-        yield _pack_one(rollouts, [units[u] for u in chosen], sum(costs[u] for u in chosen), numbers)
+    rank, ranks = part
+    groups = list(families.values())
+    cuts = [_cut(rollouts, groups, max_tokens, max_tokens, work, ranks)]
+    if ranks > 1:  # one that is larger than a process's share of all would keep that process busy alone
+        prompts = [len(rollouts[family[0]].prompt.token_ids) for family in groups]
+        tokens = [r.num_tokens for r in rollouts]
+        share_of_all = -(-(sum(tokens) + sum(prompts)) // ranks) + max(tokens, default=0) + max(prompts, default=0)
+        cuts.append(_cut(rollouts, groups, min(max_tokens, share_of_all), max_tokens, work, ranks))
+    hands = min((_dealt(cut, ranks) for cut in cuts), key=lambda hands: max(_cost(hand) for hand in hands))
+    for chosen in hands[rank]:
+        yield _pack_one(rollouts, chosen.units, chosen.cost, numbers)
 
 
 def _check(i: int, rollout: Rollout) -> None:
@@ -90,16 +94,60 @@ def _check(i: int, rollout: Rollout) -> None:
             raise ValueError(f"rollouts[{i}].{name}: {list(values.shape)} numbers for {tokens} tokens")
 
 
-def _balanced(sizes: list[int], costs: list[float], capacity: int) -> list[list[int]]:
-    """Bins as of `_first_fit`, no more of them, that cost about the same: whichever way makes the costliest cheaper."""
+@dataclass(frozen=True)
+class _Bin:
+    """What becomes a micro-batch: indices of completions, by the prompt they share, and what they cost."""
+
+    units: list[list[int]]
+    cost: float
+
+
+def _cut(
+    rollouts: list[Rollout], families: list[list[int]], longest: int, capacity: int, work: Work, ranks: int
+) -> list[_Bin]:
+    """families: completions of one prompt, kept together up to `longest` tokens."""
+    units: list[list[int]] = []
+    for family in families:
+        room = longest - len(rollouts[family[0]].prompt.token_ids)
+        lengths = [rollouts[i].num_tokens for i in family]
+        # Where the budget alone parts them, full parts and a rest fill micro-batches better than even ones.
+        parts = _first_fit(lengths, room) if longest == capacity else _balanced(lengths, lengths, room, 1)
+        units += [[family[k] for k in part] for part in parts]
+    prompts = [len(rollouts[unit[0]].prompt.token_ids) for unit in units]
+    tokens = [[rollouts[i].num_tokens for i in unit] for unit in units]
+    sizes = [prompt + sum(own) for prompt, own in zip(prompts, tokens, strict=True)]
+    costs = [work.of(prompt, own) for prompt, own in zip(prompts, tokens, strict=True)]
+    return [_Bin([units[u] for u in b], sum(costs[u] for u in b)) for b in _balanced(sizes, costs, capacity, ranks)]
+
+
+def _dealt(bins: list[_Bin], ranks: int) -> list[list[_Bin]]:
+    """Each process's bins, in their order: the costliest is dealt first, to whoever has least."""
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    held = [0.0] * ranks
+    for b in sorted(range(len(bins)), key=lambda b: -bins[b].cost):
+        least = min(range(ranks), key=lambda r: held[r])
+        hands[least].append(b)
+        held[least] += bins[b].cost
+    return [[bins[b] for b in sorted(hand)] for hand in hands]
+
+
+def _cost(bins: list[_Bin]) -> float:
+    return sum(b.cost for b in bins)
+
+
+def _balanced(sizes: list[int], costs: Sequence[float], capacity: int, ranks: int) -> list[list[int]]:
+    """Bins as of `_first_fit` that cost about the same: whichever way makes the costliest cheaper.
+
+    No more of them than that, but as many for every process.
+    """
     fewest = _first_fit(sizes, capacity)
-    balanced = _least_work(sizes, costs, capacity, len(fewest))
+    balanced = _least_work(sizes, costs, capacity, -(-len(fewest) // ranks) * ranks)
     if balanced is None or _costliest(fewest, costs) <= _costliest(balanced, costs):
         return fewest
     return balanced
 
 
-def _costliest(bins: list[list[int]], costs: list[float]) -> float:
+def _costliest(bins: list[list[int]], costs: Sequence[float]) -> float:
     return max((sum(costs[i] for i in members) for members in bins), default=0.0)
 
 
@@ -118,7 +166,7 @@ def _first_fit(sizes: list[int], capacity: int) -> list[list[int]]:
     return [sorted(members) for members in bins]
 
 
-def _least_work(sizes: list[int], costs: list[float], capacity: int, count: int) -> list[list[int]] | None:
+def _least_work(sizes: list[int], costs: Sequence[float], capacity: int, count: int) -> list[list[int]] | None:
     """Longest processing time first (Graham 1969) with a capacity. None where an item is left without a place."""
     bins: list[list[int]] = [[] for _ in range(count)]
     room = [capacity] * count

@@ -97,6 +97,33 @@ class Recorder:
         self._metrics.close()
 
 
+class SilentRecorder(Recorder):
+    """That of the processes beside the first: it works the figures out and writes nothing down."""
+
+    def __init__(self, config: GRPOConfig, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        self._last_line = time.perf_counter()
+
+    def line(self, step: int, metrics: dict[str, float]) -> None:
+        self._last_line = time.perf_counter()
+
+    def completions(self, step: int, rollouts: list[Rollout]) -> None:
+        return
+
+    def message(self, text: str) -> None:
+        return
+
+    def sync(self) -> None:
+        return
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
 def save_failed_step(folder: Path, step: int, rollouts: list[Rollout]) -> Path:
     """Keep the inputs of a step that ended the run: a table to read, and the tokens and log-probs; returns where."""
     kept = folder / "failed"

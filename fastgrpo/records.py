@@ -267,6 +267,8 @@ class Sampling:
     top_k:          only the k likeliest tokens; 0 = all. The filters follow the temperature, in this order.
     top_p:          only the likeliest tokens that together reach this probability; 1 = all.
     min_p:          only tokens at least this likely, relative to the likeliest; 0 = all.
+    first_group:    the first prompt's place among all, where the list is a process's share: its samples are then those
+                    that one process alone would draw.
 
     Log-probs are those of the distribution that is left, renormalised. The training forward knows no filters.
     """
@@ -279,3 +281,4 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    first_group: int = 0

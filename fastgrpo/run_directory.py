@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import IO, Any
 
-from fastgrpo.config import ConfigError, decisive_changes
+from fastgrpo.checkpoint import find_checkpoint
+from fastgrpo.config import ConfigError, GRPOConfig, decisive_changes
 from fastgrpo.files import atomic_write
 
 # What a run writes, in the order it is removed: cut short, a removal must not leave checkpoints without a config.
@@ -27,6 +28,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.completions = self.path / "completions"
         self.summary = self.path / "summary.json"
+        self.parts = self.path / ".parts"  # what other processes add to a checkpoint, until the first takes it in
         self._lock: IO[str] | None = None
 
     def lock(self) -> None:
@@ -47,6 +49,23 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def look(self, options: dict[str, Any], resume: str, config: GRPOConfig) -> tuple[bool, Path | None]:
+        """Must an old run be removed, and if not, which checkpoint is gone on from? Changes nothing.
+
+        Raises ConfigError as `check` and `find_checkpoint` do, and while another process is at work here.
+        """
+        if self.path.is_dir():
+            self.lock()
+        afresh = self.check(
+            options,
+            restart=resume == "never",
+            overwrite=config.overwrite_output_dir,
+            allow_change=config.allow_config_change,
+        )
+        if afresh and resume not in ("auto", "never"):
+            raise ConfigError(f"overwrite_output_dir would remove the run that resume={resume!r} is to go on from")
+        return afresh, None if afresh else find_checkpoint(self.path, resume)
 
     def check(self, options: dict[str, Any], *, restart: bool, overwrite: bool, allow_change: bool) -> bool:
         """May this run be written here? Changes nothing; returns whether an old run must go first.

@@ -1,7 +1,8 @@
 """What a checkpoint of a run holds, and how a run takes it up again.
 
 model/                  a Hugging Face folder (adapters for PEFT), tokenizer included
-optimizer.safetensors   AdamW's moments, and fp32 master weights where the model is a 16-bit one
+optimizer.safetensors   AdamW's moments, and fp32 master weights where the model is a 16-bit one; of several processes
+                        each has written those of its parameters: optimizer-1.safetensors, ...
 critic.safetensors      the critic's weights; critic_optimizer.safetensors: as the policy's
 reference.safetensors   only when the reference model moves (sync_ref_model)
 rollouts.safetensors    the rollout batch in use, when it serves more steps
@@ -10,7 +11,8 @@ state.json              counters, random generators, the rest of the above
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from fastgrpo.optim import Optimizer
 from fastgrpo.records import RolloutBatch, TrainState
 from fastgrpo.state import (
     CheckpointError,
+    check_optimizer,
     load_json,
     load_tensors,
     pack_optimizer,
@@ -34,16 +37,52 @@ from fastgrpo.update import Updater
 MODEL_FOLDER = "model"
 
 
+@dataclass(frozen=True)
+class Part:
+    """What each process has of a checkpoint, beside the files it wrote.
+
+    rng: its random generators. optimizers: of each optimizer's state what is not tensors.
+    """
+
+    rng: dict[str, Any]
+    optimizers: dict[str, dict[str, Any]]
+
+
+def write_part(folder: Path, *, updater: Updater, rng: dict[str, Any]) -> Part:
+    """A process's part; its optimizers' files go into `folder`, for `write_snapshot`. The first process writes none."""
+    optimizers = {}
+    for name, optimizer in _optimizers(updater).items():
+        tensors, optimizers[name] = pack_optimizer(optimizer.torch_optimizer, optimizer.names)
+        if not updater.ranks.first:
+            folder.mkdir(exist_ok=True)
+            save_tensors(folder / f"{name}-{updater.ranks.rank}.safetensors", {**tensors, **optimizer.masters()})
+    return Part(rng, optimizers)
+
+
 def write_snapshot(
-    folder: Path, *, updater: Updater, state: TrainState, rng: dict[str, Any], pending: RolloutBatch | None
+    folder: Path,
+    *,
+    updater: Updater,
+    state: TrainState,
+    parts: list[Part],
+    files: Path,
+    pending: RolloutBatch | None,
 ) -> None:
-    """Write everything that decides the future of a run into `folder`."""
+    """Write everything that decides the future of a run into `folder`. Done by the first process.
+
+    parts: of all processes; files: where they put theirs.
+    """
     updater.policy.save(folder / MODEL_FOLDER)
-    contents: dict[str, Any] = {"state": asdict(state), "rng": rng}
-    contents["optimizer"] = _write_optimizer(folder, "optimizer", updater.optimizer)
-    if updater.critic is not None and updater.critic_optimizer is not None:
+    contents: dict[str, Any] = {"state": asdict(state), "rng": parts[0].rng}
+    contents["rng_of_others"] = [part.rng for part in parts[1:]]
+    for name, optimizer in _optimizers(updater).items():
+        tensors, _ = pack_optimizer(optimizer.torch_optimizer, optimizer.names)
+        save_tensors(folder / f"{name}.safetensors", {**tensors, **optimizer.masters()})
+        contents[name] = _joined([part.optimizers[name] for part in parts])
+        for rank in range(1, len(parts)):
+            shutil.move(files / f"{name}-{rank}.safetensors", folder)
+    if updater.critic is not None:
         save_tensors(folder / "critic.safetensors", dict(updater.critic.trainable()))
-        contents["critic_optimizer"] = _write_optimizer(folder, "critic_optimizer", updater.critic_optimizer)
     if updater.moving_reference is not None:
         save_tensors(folder / "reference.safetensors", updater.moving_reference.weights())
     if pending is not None:
@@ -55,6 +94,8 @@ def write_snapshot(
 
 def read_snapshot(folder: Path, *, updater: Updater, source: PromptSource) -> tuple[TrainState, RolloutBatch | None]:
     """Put a run back where `write_snapshot` found it, the random generators included.
+
+    Of those of the process that reads them; a process that the run did not have keeps its own.
 
     Raises CheckpointError or ValueError when the checkpoint is another model's, optimizer's or data set's, or when its
     pending rollouts were being used in another way.
@@ -84,20 +125,36 @@ def read_snapshot(folder: Path, *, updater: Updater, source: PromptSource) -> tu
         saved = load_tensors(folder / "rollouts.safetensors")
         rollouts = unpack_rollouts(saved, contents["rollouts"], source.__getitem__)
         pending = RolloutBatch(rollouts, **contents["batch"])
-    set_rng_state(contents["rng"])
+    generators = [contents["rng"], *contents.get("rng_of_others", [])]
+    if updater.ranks.rank < len(generators):
+        set_rng_state(generators[updater.ranks.rank])
     return TrainState(**contents["state"]), pending
 
 
-def _write_optimizer(folder: Path, name: str, optimizer: Optimizer) -> dict[str, Any]:
-    """Its tensors into a file; the rest, for `state.json`, is returned."""
-    tensors, values = pack_optimizer(optimizer.torch_optimizer, optimizer.names)
-    save_tensors(folder / f"{name}.safetensors", {**tensors, **optimizer.masters()})
-    return values
+def _optimizers(updater: Updater) -> dict[str, Optimizer]:
+    """By the names of their files."""
+    both = {"optimizer": updater.optimizer, "critic_optimizer": updater.critic_optimizer}
+    return {name: optimizer for name, optimizer in both.items() if optimizer is not None}
+
+
+def _joined(metas: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `pack_optimizer` says beside the tensors, of the parameters of all processes."""
+    return metas[0] | {key: {k: v for meta in metas for k, v in meta[key].items()} for key in ("shapes", "values")}
 
 
 def _read_optimizer(folder: Path, name: str, optimizer: Optimizer, contents: dict[str, Any]) -> None:
-    tensors = load_tensors(folder / f"{name}.safetensors")
+    """Of all processes' files what this one's parameters need: there may have been another number of processes."""
+    meta = contents[name]
+    check_optimizer(meta, optimizer.torch_optimizer, optimizer.shapes)
+    masters, own = optimizer.masters(), {*optimizer.names, *(f"group/{i}" for i in range(2))}
+
+    def mine(key: str) -> bool:
+        return key in masters or key.rpartition("/")[0] in own
+
+    files = [folder / f"{name}.safetensors", *sorted(folder.glob(f"{name}-*.safetensors"))]
+    tensors = {key: tensor for file in files for key, tensor in load_tensors(file, mine).items()}
     optimizer.load_masters(tensors)
-    masters = optimizer.masters()
     moments = {key: tensor for key, tensor in tensors.items() if key not in masters}
-    unpack_optimizer(optimizer.torch_optimizer, moments, contents[name], optimizer.names)
+    shapes = {key: shape for key, shape in meta["shapes"].items() if key in own}
+    values = {key: value for key, value in meta["values"].items() if mine(key)}
+    unpack_optimizer(optimizer.torch_optimizer, moments, meta | {"shapes": shapes, "values": values}, optimizer.names)

@@ -41,17 +41,17 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(apart, path)
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU. CheckpointError if it is missing or damaged.
+def load_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that are `wanted`, on the CPU. CheckpointError if it is missing or damaged.
 
     They are copies in memory of torch's own: views of the mapped file are aligned to less, and reductions over them
     may round differently from those of a run that was never stopped.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).clone() for name in file.keys() if wanted(name)}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read as tensors: {error}") from error
 
@@ -115,16 +115,7 @@ def unpack_optimizer(
     Raises CheckpointError, and changes nothing, when the optimizer's class or its parameters are others.
     """
     params, names = _named(optimizer, names)
-    kind = type(optimizer).__name__
-    if meta["optimizer"] != kind:
-        raise CheckpointError(f"the checkpoint holds the state of {meta['optimizer']}, this run uses {kind}")
-    saved, own = meta["shapes"], _shapes(names, params)
-    if saved != own:
-        odd = next(name for name in {**saved, **own} if saved.get(name) != own.get(name))
-        raise CheckpointError(
-            f"the checkpoint's optimizer has {len(saved)} parameters, this run {len(own)}; first difference: "
-            f"{odd!r} of shape {saved.get(odd)} there, {own.get(odd)} here"
-        )
+    check_optimizer(meta, optimizer, _shapes(names, params))
     state: dict[str, dict[str, Any]] = {}
     for name, value in {**meta["values"], **tensors}.items():
         owner, _, key = name.rpartition("/")
@@ -138,6 +129,20 @@ def unpack_optimizer(
         for param in group["params"]:
             if own_state := state.get(next(order)):
                 optimizer.state[param] = {key: _restore(value, param, on_device) for key, value in own_state.items()}
+
+
+def check_optimizer(meta: dict[str, Any], optimizer: torch.optim.Optimizer, own: dict[str, list[int]]) -> None:
+    """Raises CheckpointError when `meta` is of another class of optimizer, or of parameters of other shapes."""
+    kind = type(optimizer).__name__
+    if meta["optimizer"] != kind:
+        raise CheckpointError(f"the checkpoint holds the state of {meta['optimizer']}, this run uses {kind}")
+    saved = meta["shapes"]
+    if saved != own:
+        odd = next(name for name in {**saved, **own} if saved.get(name) != own.get(name))
+        raise CheckpointError(
+            f"the checkpoint's optimizer has {len(saved)} parameters, this run {len(own)}; first difference: "
+            f"{odd!r} of shape {saved.get(odd)} there, {own.get(odd)} here"
+        )
 
 
 def _named(optimizer: torch.optim.Optimizer, names: Sequence[str] | None) -> tuple[list[Tensor], list[str]]:

@@ -2,17 +2,18 @@
 
     prompts -> rollouts -> rewards -> advantages -> packing -> hidden states -> loss -> gradients -> new weights
 
-One process, one device. The stages stand in files of their own and do not know one another; `collect.py` and
-`update.py` lead a batch through them, `recorder.py` writes down what happened. Not done here: several GPUs.
+The stages stand in files of their own and do not know one another; `collect.py` and `update.py` lead a batch through
+them, `recorder.py` writes down what happened. With several processes, a GPU each, all run this loop side by side:
+`distributed.py` says who does what.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import os
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,20 @@ from fastgrpo.checkpoint import CheckpointStore
 from fastgrpo.collect import Collector
 from fastgrpo.config import ConfigError, GRPOConfig
 from fastgrpo.data import PromptSource
+from fastgrpo.distributed import Ranks
 from fastgrpo.errors import RunError
 from fastgrpo.evaluation import evaluate
 from fastgrpo.integrations.callbacks import Callbacks
 from fastgrpo.optim import Optimizer, learning_rate
 from fastgrpo.policy import Critic, Policy, Reference, is_factory, load_policy, make_critic
-from fastgrpo.recorder import Recorder, save_failed_step
+from fastgrpo.recorder import Recorder, SilentRecorder, save_failed_step
 from fastgrpo.records import Prompt, RolloutBatch, TrainState
 from fastgrpo.rewards import RewardRunner
 from fastgrpo.rollout import Engine, make_engine
 from fastgrpo.run_directory import RunDirectory
-from fastgrpo.seeding import seed_generators
+from fastgrpo.seeding import derive_seed, seed_generators
 from fastgrpo.signals import StopRequested, StopSignals
-from fastgrpo.snapshot import MODEL_FOLDER, read_snapshot, write_snapshot
+from fastgrpo.snapshot import MODEL_FOLDER, read_snapshot, write_part, write_snapshot
 from fastgrpo.state import load_json, rng_state
 from fastgrpo.task import Task, make_prompts
 from fastgrpo.update import Updater
@@ -74,13 +76,16 @@ class GRPOTrainer:
     ) -> None:
         self.config = args or GRPOConfig()
         self.started = time.perf_counter()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError("several processes (WORLD_SIZE > 1) are not supported yet: start a single one")
         rewards = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         self.task = Task(model, processing_class, train_dataset, eval_dataset, rewards, peft_config)
         self._callback_list = list(callbacks or [])
         self.rewards = RewardRunner(self.task.rewards(self.config), in_threads=self.config.overlap_rewards)
         self.config.loss_config()  # its own checks, before anything is loaded
+        self.ranks = Ranks.join()
+        if not self.ranks.alone and ":" in self.config.device:
+            raise ConfigError(
+                f"device={self.config.device!r} is one, and there are {self.ranks.size} processes: leave it out"
+            )
         self.directory = RunDirectory(self.config.output_dir)
         self.state = TrainState()
         self.pending: RolloutBatch | None = None
@@ -113,8 +118,9 @@ class GRPOTrainer:
         try:
             if self._open(resume):
                 with StopSignals() as self.signals:
+                    self.ranks.interruptible = self.signals.interruptible
                     self._run()
-            elif not self.config.disable_progress:
+            elif self.ranks.first and not self.config.disable_progress:
                 print(f"finished before, at step {self.state.step}: {self.directory.path}", flush=True)
         except StopRequested as stop:
             self._save()
@@ -148,13 +154,17 @@ class GRPOTrainer:
         self._load(self.task.model, train=False)
         return self._evaluate()
 
+    def _interruptible(self) -> AbstractContextManager[None]:
+        """With others, only stages that they do not wait in may be cut: see `Ranks.together`."""
+        return self.signals.interruptible() if self.ranks.alone else nullcontext()
+
     # ----------------------------------------------------------------------------------------------------- its steps
 
     def _begin(self) -> None:
         self.callbacks.fire("on_train_begin")
         evaluated = "accuracy_before" in self.state.summary
         if self.state.step == 0 and self.config.eval_on_start and self.eval_prompts and not evaluated:
-            with self.signals.interruptible():
+            with self._interruptible():
                 metrics = self._evaluate()
             self.state.summary["accuracy_before"] = metrics["eval/accuracy"]
             self.recorder.line(0, metrics)
@@ -166,14 +176,15 @@ class GRPOTrainer:
     def _collect(self) -> RolloutBatch:
         """A fresh rollout batch. May be cut short by a signal: it is then collected again after the resume."""
         try:
-            with self.signals.interruptible():
+            with self._interruptible():
                 self.engine.wake()
                 batch = self.collector.collect(self.state, self._trainer_state())
                 self.engine.sleep()
                 self.updater.prepare(batch)
-        except Exception:
-            # The weights are still those of the last boundary, so what was learnt until then can be kept.
-            if self._boundary[0].step > 0:
+        except Exception as error:
+            # The weights are still those of the last boundary, so what was learnt until then can be kept; by several
+            # processes only if all are here.
+            if self._boundary[0].step > 0 and (self.ranks.alone or error is self.ranks.known):
                 self._save()
             raise
         self.state.too_long = self.source.too_long
@@ -191,7 +202,9 @@ class GRPOTrainer:
         state.skipped_in_row = 0 if applied else state.skipped_in_row + 1
         state.skipped_steps += not applied
         if state.skipped_in_row >= self.config.max_skipped_steps:
-            kept = save_failed_step(self.directory.path, state.step, batch.rollouts)
+            kept = self.ranks.from_first(
+                "failed step", lambda: save_failed_step(self.directory.path, state.step, batch.rollouts)
+            )
             raise NonFiniteGradients(
                 f"{state.skipped_in_row} steps in a row had a non-finite gradient (the last: step {state.step}); "
                 f"its rollouts are kept in {kept}"
@@ -222,7 +235,7 @@ class GRPOTrainer:
             self._save()
             self.callbacks.fire("on_save")
         if not last:
-            self.signals.check()
+            self.ranks.together("signals", self.signals.check)
 
     def _end(self) -> None:
         self.callbacks.fire("on_train_end")
@@ -239,7 +252,9 @@ class GRPOTrainer:
 
     def _evaluate(self) -> dict[str, float]:
         self.engine.wake()
-        metrics, _ = evaluate(self.eval_prompts, self.engine, self.rewards, self.config, self._trainer_state())
+        metrics, _ = evaluate(
+            self.eval_prompts, self.engine, self.rewards, self.config, self._trainer_state(), self.ranks
+        )
         self.engine.sleep()
         return metrics
 
@@ -256,66 +271,72 @@ class GRPOTrainer:
         if self._last_saved_step == self.state.step:
             return
         self.recorder.sync()
-        self._last_saved = self.store.save(
-            self.state.step,
-            lambda folder: write_snapshot(
-                folder, updater=self.updater, state=self.state, rng=rng, pending=self.pending
-            ),
-        )
+        files = self.directory.parts
+        parts = self.ranks.together("their parts", lambda: write_part(files, updater=self.updater, rng=rng))
+
+        def write(folder: Path) -> None:
+            write_snapshot(
+                folder, updater=self.updater, state=self.state, parts=parts, files=files, pending=self.pending
+            )
+
+        self._last_saved = self.ranks.from_first("checkpoint", lambda: self.store.save(self.state.step, write))
         self._last_saved_step = self.state.step
 
     def _open(self, resume: str) -> bool:
         """Everything between the call of `train` and the first step. Returns whether there is anything left to do."""
         config = self.config
         options = self.task.options() | config.to_dict()
-        if self.directory.path.is_dir():
-            self.directory.lock()
-        afresh = self.directory.check(
-            options,
-            restart=resume == "never",
-            overwrite=config.overwrite_output_dir,
-            allow_change=config.allow_config_change,
-        )
-        if afresh and resume not in ("auto", "never"):
-            raise ConfigError(f"overwrite_output_dir would remove the run that resume={resume!r} is to go on from")
-        checkpoint = None if afresh else self._find_checkpoint(resume)
+        afresh, checkpoint = self.ranks.from_first("output_dir", lambda: self.directory.look(options, resume, config))
         if checkpoint is None:
             self._begin_anew()
         elif self._finished(checkpoint):
             return False
         self._load(self._where_to_load(checkpoint), train=True)
-        self.directory.claim(options, afresh=afresh)
-        self.store = CheckpointStore(self.directory.path, config.save_total_limit)
-        self.optimizer = Optimizer(self.policy.trainable(), config)
+        self.ranks.from_first("claim", lambda: self.directory.claim(options, afresh=afresh))
+        self.optimizer = Optimizer(self.policy.trainable(), config, self.ranks)
         if config.needs_reference and self.reference is None:
             self.reference = Reference(self.policy)
         if config.has_critic:
             self.critic = self.critic or make_critic(self.policy, config, self.task.peft_config)
-            self.critic_optimizer = Optimizer(self.critic.trainable(), config)
+            self.ranks.copy_from_first([p for _, p in self.critic.trainable()])
+            self.critic_optimizer = Optimizer(self.critic.trainable(), config, self.ranks)
         if config.sync_ref_model and self.policy.is_peft:
             raise ConfigError("sync_ref_model excludes adapters: there the reference is the model without them")
-        self.collector = Collector(self.source, self.engine, self.rewards, config)
-        self.updater = Updater(self.policy, self.reference, self.optimizer, config, self.critic, self.critic_optimizer)
-        self.callbacks = Callbacks(self._callback_list, config, self.policy, self.optimizer.torch_optimizer)
+        self.collector = Collector(self.source, self.engine, self.rewards, config, self.ranks)
+        self.updater = Updater(
+            self.policy, self.reference, self.optimizer, config, self.critic, self.critic_optimizer, self.ranks
+        )
+        self.callbacks = Callbacks(self._callback_list, config, self.policy, self.optimizer.torch_optimizer, self.ranks)
         batches = math.ceil(config.num_train_epochs * len(self.source) / config.num_prompts_per_step)
         self.total_steps = config.max_steps if config.max_steps > 0 else batches * config.steps_per_batch
-        seed_generators(self.config.seed)
+        seed_generators(derive_seed(config.seed, "process", self.ranks.rank) if self.ranks.rank else config.seed)
         if checkpoint is not None:
             self.state, self.pending = read_snapshot(checkpoint, updater=self.updater, source=self.source)
             self.source.too_long = self.state.too_long
             self.engine.sync(self.policy)
         self._last_saved, self._last_saved_step = checkpoint, self.state.step if checkpoint else None
         self._seconds_before = self.state.summary.get("seconds", 0.0)
-        self.store.drop_after(self.state.step if checkpoint else -1)
-        self.directory.cut_after(self.state.step if checkpoint else -1)
         self._trained = True
-        self.recorder = Recorder(self.directory, config, options, self.policy.device, self.state.step, self.total_steps)
+        self.ranks.from_first(
+            "recorder", lambda: self._begin_recording(options, -1 if checkpoint is None else self.state.step)
+        )
+        if not self.ranks.first:
+            self.recorder = SilentRecorder(config, self.policy.device)
         if checkpoint is not None:
             self.recorder.message(f"going on from {checkpoint}")
         for note in (self._engine_choice, *self.updater.notes()):
             self.recorder.message(note)
         self._mark_boundary()
         return True
+
+    def _begin_recording(self, options: dict[str, Any], step: int) -> None:
+        """Drop what was written after the checkpoint of `step`, -1 without one, and write on from there."""
+        self.store = CheckpointStore(self.directory.path, self.config.save_total_limit)
+        self.store.drop_after(step)
+        self.directory.cut_after(step)
+        self.recorder = Recorder(
+            self.directory, self.config, options, self.policy.device, self.state.step, self.total_steps
+        )
 
     def _finished(self, checkpoint: Path) -> bool:
         """Is the checkpoint the run's last, and its summary written? Told without loading anything."""
@@ -331,16 +352,6 @@ class GRPOTrainer:
         if self._trained and not isinstance(self.task.model, str):
             raise ConfigError("the model handed over has been trained already: make a new trainer to begin anew")
         self._loaded = self._loaded and not self._trained
-
-    def _find_checkpoint(self, resume: str) -> Path | None:
-        if resume == "never":
-            return None
-        if resume == "auto":
-            return CheckpointStore(self.directory.path).latest()
-        if (Path(resume) / "checkpoints").is_dir():
-            raise ConfigError(f"resume={resume!r} is a run directory: name one of its checkpoints, or use auto")
-        CheckpointStore.verify(resume)
-        return Path(resume)
 
     def _where_to_load(self, checkpoint: Path | None) -> Any:
         """The checkpoint's own model folder where that is enough.
@@ -362,9 +373,11 @@ class GRPOTrainer:
         if not self._loaded:
             seed_generators(self.config.seed)
             self.policy = load_policy(model, self.task.processing_class, config, self.task.peft_config)
+            self.ranks.copy_from_first([*self.policy.model.parameters(), *self.policy.model.buffers()])
             self._loaded = True
         if train_rows is not None:
             self.source = make_prompts(train_rows, self.policy, config, config.max_completion_length)
+            self.ranks.same("numbers of rows in train_dataset", len(self.source))
         if eval_rows is not None:
             longest = config.eval_max_completion_length or config.max_completion_length
             held_out = make_prompts(eval_rows, self.policy, config, longest)
@@ -372,7 +385,7 @@ class GRPOTrainer:
         if wrong := [t for t in config.stop_token_ids if not 0 <= t < self.policy.vocab_size]:
             raise ConfigError(f"stop_token_ids={wrong} are outside the vocabulary of {self.policy.vocab_size}")
         if not hasattr(self, "engine"):  # it may take a minute and half of the GPU: one serves both data sets
-            self.engine, self._engine_choice = make_engine(config, self.policy)
+            self.engine, self._engine_choice = make_engine(config, self.policy, self.ranks.size)
 
     # ------------------------------------------------------------------------------------------------- small matters
 

@@ -1,4 +1,7 @@
-"""Scored rollouts -> one optimizer step: pack, forward, loss, backward, clip, step."""
+"""Scored rollouts -> one optimizer step: pack, forward, loss, backward, clip, step.
+
+Each process computes its share of the micro-batches; what they find is put together, and all take the same step.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,15 @@ from fastgrpo import packing
 from fastgrpo.advantages import assign_token_advantages
 from fastgrpo.agreement import check_agreement
 from fastgrpo.config import GRPOConfig
+from fastgrpo.distributed import Ranks
 from fastgrpo.gpus import gpu_of
 from fastgrpo.loss import policy_loss, value_loss
 from fastgrpo.optim import Optimizer
 from fastgrpo.policy import Critic, Policy, Reference
 from fastgrpo.records import FOR_CRITIC, FOR_POLICY, Denominators, PackedBatch, Rollout, RolloutBatch, hand_out
 from fastgrpo_kernels import LossOutput
+
+Metrics = dict[str, Tensor]
 
 
 class Updater:
@@ -33,7 +39,9 @@ class Updater:
         config: GRPOConfig,
         critic: Critic | None = None,
         critic_optimizer: Optimizer | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
         self.policy = policy
         self.reference = reference
         self.optimizer = optimizer
@@ -118,11 +126,9 @@ class Updater:
             done = [(packed, self._backward(packed, whole, threshold)) for packed in self._placed(chosen)]
         outputs = [output for _, output in done]
         loss = torch.stack([torch.zeros((), device=self.policy.device), *(o.loss.detach() for o in outputs)]).sum()
-        # The one wait of the step: until here the host runs ahead of the device.
-        figures = LossOutput.reduce([*outputs, {"loss": loss.double(), "grad_norm": self.optimizer.norm().double()}])
-        applied = self.optimizer.step(rate, figures["grad_norm"])
-        if self.config.num_iterations > 1:  # with old log-probs they were the ones already known
-            _scatter([(p, o.logprob) for p, o in done if p.old_logprob is None], chosen, "old_logprob")
+        figures, applied = self._apply(self.optimizer, rate, [*outputs, {"loss": loss.double()}], "grad_norm")
+        if self.config.num_iterations > 1 and all(r.old_logprob is None for r in chosen):
+            self._hand_out([(p, o.logprob) for p, o in done], chosen, "old_logprob")
         batch.used += 1
         seconds = time.perf_counter() - started
         tokens = self._token_metrics([p for p, _ in done], chosen, minibatch, seconds)
@@ -144,10 +150,35 @@ class Updater:
                 loss, metrics = value_loss(values, packed, cliprange=self.config.cliprange_value, whole=whole)
                 loss.backward()
                 parts.append(metrics)
-        norm = {"critic/grad_norm": self.critic_optimizer.norm().double()}
-        figures = LossOutput.reduce([*parts, norm])
-        applied = self.critic_optimizer.step(rate, figures["critic/grad_norm"])
+        figures, applied = self._apply(self.critic_optimizer, rate, parts, "critic/grad_norm")
         return figures | {"critic/lr": rate, "perf/critic_time": time.perf_counter() - started}, applied
+
+    def _apply(
+        self, optimizer: Optimizer, rate: float, outputs: Sequence[LossOutput | Metrics], norm_name: str
+    ) -> tuple[dict[str, float], bool]:
+        """One optimizer step with the gradients of all processes; the outputs' figures over all, and was it applied."""
+        norm = {norm_name: optimizer.norm().double()}
+        if not self.ranks.alone:
+            outputs = self._everywhere(LossOutput.combine(outputs))
+        # The one wait of the step: until here the host runs ahead of the device.
+        figures = LossOutput.reduce([*outputs, norm])
+        return figures, optimizer.step(rate, figures[norm_name])
+
+    def _everywhere(self, own: Metrics) -> list[Metrics]:
+        """The figures of every process, on this one's device."""
+        values = torch.stack(list(own.values())).tolist() if own else []
+        parts = self.ranks.gather("figures", dict(zip(own, values, strict=True)))
+        device = self.policy.device
+        return [{k: torch.tensor(x, dtype=torch.float64, device=device) for k, x in part.items()} for part in parts]
+
+    def _hand_out(self, values: list[tuple[PackedBatch, Tensor]], rollouts: list[Rollout], name: str) -> None:
+        """Hand each micro-batch's [N] values back to the completions they belong to, on the CPU, in one transfer."""
+        if not rollouts:
+            return
+        own = torch.cat([value for _, value in values]).cpu() if values else torch.zeros(0)
+        members = [member for packed, _ in values for member in packed.members]
+        for whose, numbers in self.ranks.gather(name, (members, own)):
+            hand_out(numbers, [rollouts[member] for member in whose], name)
 
     def _judge(self, rollouts: list[Rollout]) -> dict[str, float]:
         """Advantages per token of all that trains, and the returns for the critic; see docs/algorithms.md."""
@@ -157,7 +188,7 @@ class Updater:
             self._fill("old_logprob", rollouts, self.policy)
         if self.critic is not None:
             packed = self._placed(rollouts, self.critic.body, FOR_CRITIC)
-            _scatter([(p, self.critic.predict(p)) for p in packed], rollouts, "values")
+            self._hand_out([(p, self.critic.predict(p)) for p in packed], rollouts, "values")
         return assign_token_advantages(rollouts, self.config, self.policy.device)
 
     def _trained(self, rollouts: list[Rollout]) -> list[Rollout]:
@@ -169,9 +200,16 @@ class Updater:
     def _placed(
         self, rollouts: list[Rollout], model: Policy | None = None, numbers: Sequence[str] = FOR_POLICY
     ) -> Iterator[PackedBatch]:
-        """The rollouts as micro-batches for the model, by default the policy, on its device, made one at a time."""
+        """This process's micro-batches for the model, by default the policy, on its device, made one at a time."""
         budget, share = self.config.max_tokens_per_microbatch, (model or self.policy).shares
-        packed = packing.pack_lazily(rollouts, max_tokens=budget, share=share, work=self._work, numbers=numbers)
+        packed = packing.pack_lazily(
+            rollouts,
+            max_tokens=budget,
+            share=share,
+            work=self._work,
+            numbers=numbers,
+            part=(self.ranks.rank, self.ranks.size),
+        )
         return self.policy.placed(packed)
 
     def _backward(self, packed: PackedBatch, whole: Denominators, threshold: Tensor | None) -> LossOutput:
@@ -191,7 +229,7 @@ class Updater:
         """Set `old_logprob` or `ref_logprob` of the rollouts that have none yet, without gradients."""
         missing = [r for r in rollouts if getattr(r, name) is None]
         temperature = self.config.temperature
-        _scatter([(p, model.logprobs(p, temperature)[0]) for p in self._placed(missing)], missing, name)
+        self._hand_out([(p, model.logprobs(p, temperature)[0]) for p in self._placed(missing)], missing, name)
 
     def _entropy_threshold(self, rollouts: list[Rollout]) -> Tensor | None:
         """The quantile of the minibatch's entropies under the policy that starts the step; see docs/losses.md."""
@@ -199,6 +237,9 @@ class Updater:
             return None
         temperature = self.config.temperature
         entropies = [self.policy.logprobs(packed, temperature)[1] for packed in self._placed(rollouts)]
+        if not self.ranks.alone:
+            own = torch.cat(entropies).cpu() if entropies else torch.zeros(0)
+            entropies = [part.to(self.policy.device) for part in self.ranks.gather("entropies", own)]
         return _quantile(torch.cat(entropies).double(), 1 - self.config.top_entropy_quantile)
 
     def _token_metrics(
@@ -206,12 +247,13 @@ class Updater:
     ) -> dict[str, float]:
         """What was computed, and how fast."""
         needed, total = (sum(r.num_tokens + len(r.prompt.token_ids) for r in rs) for rs in (chosen, minibatch))
-        sizes = [len(p.input_ids) for p in packed]
-        work = [p.work for p in packed]
+        everywhere = self.ranks.gather("micro-batches", [(len(p.input_ids), p.work) for p in packed])
+        sizes = [size for part in everywhere for size, _ in part]
+        work = [cost for part in everywhere for _, cost in part]
         computed = sum(sizes)
         metrics = {
             "perf/update_time": seconds,
-            "perf/microbatches": float(len(packed)),
+            "perf/microbatches": float(len(sizes)),
             "perf/skipped_token_fraction": 1 - needed / total if total else 0.0,
             # Against as many micro-batches of the longest one's length, and of the costliest one's work.
             "perf/packing_efficiency": computed / (len(sizes) * max(sizes)) if sizes else 1.0,
@@ -220,7 +262,8 @@ class Updater:
             "perf/prompt_sharing_ratio": needed / computed if computed else 1.0,
         }
         if self._peak_flops:
-            metrics["perf/mfu"] = 6 * self.policy.num_parameters * computed / seconds / self._peak_flops
+            peak = self._peak_flops * self.ranks.size
+            metrics["perf/mfu"] = 6 * self.policy.num_parameters * computed / seconds / peak
         return metrics
 
 
@@ -238,11 +281,3 @@ def _peak_flops(device: torch.device) -> float | None:
         return None
     known = gpu_of(torch.cuda.get_device_name(device))
     return known.flops if known else None
-
-
-def _scatter(values: list[tuple[PackedBatch, Tensor]], rollouts: list[Rollout], name: str) -> None:
-    """Hand each micro-batch's [N] values back to the completions they belong to, on the CPU, in one transfer."""
-    if not values:
-        return
-    members = [rollouts[member] for packed, _ in values for member in packed.members]
-    hand_out(torch.cat([value for _, value in values]), members, name)

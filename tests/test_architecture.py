@@ -14,7 +14,7 @@ _KERNELS = _ROOT / "kernels" / "fastgrpo_kernels"
 # Stages meet in records.py and never import one another; what leads a batch through them may import them all.
 _STAGES = {"advantages", "data", "evaluation", "loss", "optim", "packing", "policy", "rewards", "rollout"}
 _CONDUCTORS = {"trainer", "collect", "update", "evaluation", "snapshot", "task"}
-_SHARED = {"records", "config", "options", "errors", "importing", "seeding", "layers", "products"}
+_SHARED = {"records", "config", "options", "errors", "importing", "seeding", "layers", "products", "distributed"}
 # A stage spread over several modules.
 _PARTS = {"data": {"rows"}}
 _TRANSFORMERS = {"rollout", "policy", "data", "integrations", "rewards.model"}

@@ -2,6 +2,7 @@
 
 Events: train begin and end, step begin and end, log, evaluate, save. Of `TrainerControl`, `should_training_stop`,
 `should_evaluate` and `should_save` are obeyed. Events of the inside of a step (gradients, substeps) do not exist here.
+Of several processes each calls its own callbacks; what one of them wishes, all do.
 `args` is a GRPOConfig: callbacks that need TrainingArguments' own fields, such as EarlyStoppingCallback, do not work.
 """
 
@@ -9,15 +10,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastgrpo.distributed import Ranks
+
+_WISHES = ("should_training_stop", "should_evaluate", "should_save")
+
 
 class Callbacks:
     """Calls the user's callbacks, in order, as transformers' Trainer does."""
 
-    def __init__(self, callbacks: list[Any], args: Any, policy: Any, optimizer: Any) -> None:
+    def __init__(
+        self, callbacks: list[Any], args: Any, policy: Any, optimizer: Any, ranks: Ranks | None = None
+    ) -> None:
         from transformers import TrainerControl, TrainerState
 
         self.control = TrainerControl()
-        self.state = TrainerState(is_local_process_zero=True, is_world_process_zero=True)
+        self._ranks = ranks or Ranks()
+        first = self._ranks.first
+        self.state = TrainerState(is_local_process_zero=first, is_world_process_zero=first)
         self._args = args
         self._callbacks = [c() if isinstance(c, type) else c for c in callbacks]
         self._given = {"model": policy.model, "processing_class": policy.tokenizer, "optimizer": optimizer}
@@ -37,6 +46,10 @@ class Callbacks:
                 result = handler(self._args, self.state, self.control, **self._given, **details)
                 if result is not None:
                     self.control = result
+        if self._callbacks and not self._ranks.alone:
+            wishes = self._ranks.gather(event, [bool(getattr(self.control, name)) for name in _WISHES])
+            for name, everybody in zip(_WISHES, zip(*wishes, strict=True), strict=True):
+                setattr(self.control, name, any(everybody))
 
     def take(self, wish: str) -> bool:
         """Has a callback set `should_evaluate` or `should_save`? The wish is granted once."""

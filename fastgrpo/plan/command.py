@@ -41,6 +41,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--mean-length", metavar="TOKENS", type=float, help="of completions; default: max_completion_length"
     )
+    parser.add_argument(
+        "--processes", metavar="N", type=int, default=None, help="GPUs, a process each: torchrun --nproc-per-node N"
+    )
     parser.add_argument("--json", action="store_true", help="print the record")
     parser.add_argument("--table", action="store_true", help="print what fits: model size by context, in Markdown")
     parser.add_argument("--into", metavar="FILE", type=Path, help="put that table between its marks in a file")
@@ -50,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
 def print_table(asked: argparse.Namespace, rest: Sequence[str]) -> int:
     """The table of what fits, to the screen or into a file. ConfigError for arguments that it takes no heed of."""
     into: Path | None = asked.into
-    named = ("gpu", "gpu_memory", "prompt_length", "mean_length")
+    named = ("gpu", "gpu_memory", "prompt_length", "mean_length", "processes")
     others = [f"--{name.replace('_', '-')}" for name in named if getattr(asked, name) is not None]
     if others := [*others, *(["--json"] if asked.json else []), *rest]:
         raise ConfigError(f"--table is of models and GPUs of its own: it takes --into FILE alone, not {others[0]}")
@@ -113,7 +116,7 @@ def _cpu() -> Device:
 def _workload(asked: argparse.Namespace, config: GRPOConfig) -> Workload:
     from fastgrpo.plan.records import Workload
 
-    for name in ("prompt_length", "mean_length"):
+    for name in ("prompt_length", "mean_length", "processes"):
         value = getattr(asked, name)
         if value is not None and not value > 0:
             raise ConfigError(f"--{name.replace('_', '-')}={value:g} must be greater than 0")
@@ -122,7 +125,9 @@ def _workload(asked: argparse.Namespace, config: GRPOConfig) -> Workload:
     mean = asked.mean_length or longest
     if mean > longest:
         raise ConfigError(f"--mean-length={mean:g} is above max_completion_length={longest}")
-    return Workload(config.num_prompts_per_step, config.num_generations, prompt, longest, mean)
+    processes = asked.processes or 1
+    share = -(-config.num_prompts_per_step // processes)
+    return Workload(share, config.num_generations, prompt, longest, mean, processes)
 
 
 # ------------------------------------------------------------------------------------------------------------ in words
@@ -135,6 +140,8 @@ def _show(model: str, plan: Plan, planning: Planning) -> None:
     given = plan.inputs
     trains = "all train" if given["trainable"] == given["parameters"] else f"{given['trainable']:,} train"
     console.print(f"{model}: {given['parameters']:,} parameters, {trains}, {given['dtype']}", markup=False)
+    if given["processes"] > 1:
+        console.print(f"{given['processes']} processes, a GPU each; what follows is of one of them", markup=False)
     console.print(
         f"{plan.device.name}, {_gb(plan.device.memory)} GB; {given['prompts']} prompts of {given['prompt_tokens']} "
         f"tokens, {given['group']} completions each, of up to {given['longest_completion']}, "

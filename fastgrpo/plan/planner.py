@@ -16,7 +16,7 @@ from fastgrpo.gpus import Device
 from fastgrpo.plan.records import CUDA_CONTEXT, PARTS, ModelBytes, Plan, Workload
 from fastgrpo.plan.rollouts import RolloutMemory, rollout_memory
 from fastgrpo.plan.seconds import predict_seconds
-from fastgrpo.plan.shapes import ModelShape
+from fastgrpo.plan.shapes import Count, ModelShape
 from fastgrpo.policy.memory import ActivationMemory, activation_memory, can_fuse
 from fastgrpo.rollout.engine import choose_engine
 from fastgrpo_kernels.head.plan import HeadPlan, HeadProblem, head_bytes, plan_head
@@ -59,6 +59,7 @@ def plan_run(
         "microbatch_scored": scored,
         "engine": memory.engine,
         "rollout_rows": memory.rollout.rows,
+        "processes": workload.processes,
         "prompts": workload.prompts,
         "group": workload.group,
         "prompt_tokens": workload.prompt,
@@ -110,7 +111,8 @@ class MemoryPlanner:
     @cached_property
     def engine(self) -> str:
         """Who generates."""
-        return choose_engine(self.config.rollout_engine, "cuda" if self.device.is_gpu else "cpu")[0]
+        device = "cuda" if self.device.is_gpu else "cpu"
+        return choose_engine(self.config.rollout_engine, device, self.workload.processes)[0]
 
     @cached_property
     def fused(self) -> bool:
@@ -149,7 +151,7 @@ class MemoryPlanner:
         """By name; see `Plan.models`."""
         shape, e = self.shape, self.dtype.itemsize
         added = shape.adapters.numbers if shape.adapters else 0
-        own = self._trained(shape.trainable.numbers, shape.trainable.tensors)
+        own = self._trained(shape.trainable)
         models = {
             "policy": ModelBytes(
                 e * shape.everything.numbers + _FLOAT * added + own.weights, own.gradients, own.optimizer
@@ -159,19 +161,28 @@ class MemoryPlanner:
             models["reference"] = ModelBytes(0 if shape.adapters else e * shape.everything.numbers)
         if self.critic:  # copies of what trains, and an fp32 value head; frozen weights are the policy's
             body = shape.adapters or shape.decoder
-            own = self._trained(body.numbers, body.tensors)
-            head = _FLOAT * (shape.config.hidden_size + 1)
+            own, head = (
+                self._trained(body),
+                self._trained(Count((shape.config.hidden_size, 1)), masters=False, fp32=True),
+            )
             models["critic"] = ModelBytes(
-                (_FLOAT if shape.adapters else e) * body.numbers + own.weights + head,
-                own.gradients + head,
-                own.optimizer + 2 * head + 2 * _FLOAT,
+                (_FLOAT if shape.adapters else e) * body.numbers + own.weights + head.gradients,
+                own.gradients + head.gradients,
+                own.optimizer + head.optimizer,
             )
         return models
 
-    def _trained(self, numbers: int, tensors: int) -> ModelBytes:
-        """Masters, gradients and AdamW's moments with a counter per tensor, of so many numbers that train."""
-        kept = _FLOAT if self._masters or self.shape.adapters else self.dtype.itemsize
-        return ModelBytes(_FLOAT * numbers * self._masters, kept * numbers, 2 * kept * numbers + _FLOAT * tensors)
+    def _trained(self, count: Count, *, masters: bool | None = None, fp32: bool = False) -> ModelBytes:
+        """Masters, gradients and AdamW's moments with a counter per tensor, of what trains.
+
+        Of several processes each has all gradients, and the rest of what it owns.
+        """
+        masters = self._masters if masters is None else masters
+        kept = _FLOAT if fp32 or masters or self.shape.adapters else self.dtype.itemsize
+        own = count.owned(self.workload.processes)
+        return ModelBytes(
+            _FLOAT * own.numbers * masters, kept * count.numbers, 2 * kept * own.numbers + _FLOAT * own.tensors
+        )
 
     @property
     def _masters(self) -> bool:

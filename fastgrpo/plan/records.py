@@ -23,9 +23,10 @@ PARTS = ("weights", "reference", "gradients", "optimizer", "activations", "head"
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The tokens of a rollout batch: `prompts` prompts of `prompt` tokens, `group` completions each.
+    """The tokens of a process's rollout batch: `prompts` prompts of `prompt` tokens, `group` completions each.
 
     longest: tokens of the longest completion, for memory. mean: of a completion on average, for time.
+    processes: of the run, a GPU each.
     """
 
     prompts: int
@@ -33,9 +34,10 @@ class Workload:
     prompt: int
     longest: int
     mean: float
+    processes: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "group", "prompt", "longest", "mean"):
+        for name in ("prompts", "group", "prompt", "longest", "mean", "processes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
         if self.prompt + self.longest > LONGEST:

@@ -36,6 +36,9 @@ LAYER_KERNELS, FUSED_LAYER_KERNELS, ADAPTER_KERNELS, KERNEL_SECONDS = 38, 9, 5, 
 """Kernels of a decoding layer, of a fused one, of an adapter beside it, and what one costs whatever its size, in a CUDA
 graph."""
 
+LINK_RATE = 2e11
+"""Bytes/s at which GPUs of one machine exchange gradients and weights (NVLink; the maker says 4.5e11 a direction)."""
+
 VLLM_KERNELS = 12
 """Kernels of a layer in vLLM, which fuses."""
 
@@ -131,8 +134,16 @@ class _Clock:
         return self._gemm(products) + attention + self._copy(traffic)
 
     def optimizer(self) -> float:
-        """Of one step: gradients read for the norm, scaled, read, zeroed; moments and weights read and written."""
-        return self._copy(sum(5 * m.gradients + 2 * m.optimizer + 2 * m.weights for m in self._learners))
+        """Of one step: gradients read for the norm, scaled, read, zeroed; moments and weights read and written.
+
+        Several processes send all gradients to their owners, and the weights from there.
+        """
+        sent = 0
+        if self.memory.workload.processes > 1:
+            trained = self.memory.shape.trainable.numbers
+            sent = sum(m.gradients for m in self._learners) + len(self._learners) * self.memory.dtype.itemsize * trained
+        passes = self._copy(sum(5 * m.gradients + 2 * m.optimizer + 2 * m.weights for m in self._learners))
+        return passes + sent / LINK_RATE
 
     @property
     def _learners(self) -> list[ModelBytes]:

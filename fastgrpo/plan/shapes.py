@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastgrpo.config import ConfigError, GRPOConfig
+from fastgrpo.distributed import owners_of
 from fastgrpo.policy.memory import Adapters
 from fastgrpo.policy.work import decoder_of, describe_work
 from fastgrpo.records import Work
@@ -17,10 +18,25 @@ from fastgrpo.records import Work
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """Some parameters: how many numbers, in how many tensors."""
+    """Some parameters: how many numbers each of the tensors has."""
 
-    numbers: int
-    tensors: int
+    sizes: tuple[int, ...]
+
+    @property
+    def numbers(self) -> int:
+        """All of them."""
+        return sum(self.sizes)
+
+    @property
+    def tensors(self) -> int:
+        """In how many tensors."""
+        return len(self.sizes)
+
+    def owned(self, processes: int) -> Count:
+        """Those of the process that owns most."""
+        owners = owners_of(self.sizes, processes)
+        parts = [tuple(n for n, o in zip(self.sizes, owners, strict=True) if o == rank) for rank in range(processes)]
+        return Count(max(parts, key=lambda sizes: (sum(sizes), len(sizes))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +85,7 @@ def describe_shape(model: Any, config: GRPOConfig) -> ModelShape:
     adapted = list(_adapted(model, config)) if config.use_peft else []
     if config.use_peft and not adapted:
         raise ConfigError(f"lora_target_modules={config.lora_target_modules!r} names no linear layer of the model")
-    sizes = [config.lora_r * (layer.in_features + layer.out_features) for _, layer in adapted]
+    sizes = [config.lora_r * width for _, layer in adapted for width in (layer.in_features, layer.out_features)]
     names = frozenset(name.rsplit(".", 1)[-1] for name, _ in adapted)
     return ModelShape(
         config=text,
@@ -78,14 +94,14 @@ def describe_shape(model: Any, config: GRPOConfig) -> ModelShape:
         head=head.numel(),
         tied=any(p is head for p in decoder),
         widest=max(p.numel() for p in decoder if id(p) not in tables),
-        adapters=Count(sum(sizes), 2 * len(sizes)) if adapted else None,
+        adapters=Count(tuple(sizes)) if adapted else None,
         lora=Adapters(config.lora_r, names) if adapted else None,
         work=describe_work(model),
     )
 
 
 def _count(parameters: list[Any]) -> Count:
-    return Count(sum(p.numel() for p in parameters), len(parameters))
+    return Count(tuple(p.numel() for p in parameters))
 
 
 def _adapted(model: Any, config: GRPOConfig) -> Iterator[tuple[str, Any]]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         RewardFunction,
         RewardReport,
         RewardRunner,
+        merged,
         raise_if_all_failed,
         reward_statistics,
     )
@@ -26,6 +27,7 @@ __all__ = [
     "RewardFunction",
     "RewardReport",
     "RewardRunner",
+    "merged",
     "raise_if_all_failed",
     "resolve",
     "resolve_all",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import statistics
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from fastgrpo.records import Rollout
-from fastgrpo.rewards.runner import RewardReport, RewardRunner
+from fastgrpo.rewards.runner import RewardReport, RewardRunner, merged
 
 _WAITING_AT_ONCE = 32
 
@@ -42,9 +41,7 @@ class OverlappedScoring:
             reports = [future.result() for future in self._reports]
         finally:
             self.close()
-        names = dict.fromkeys(name for report in reports for name in report.metrics if not name.startswith("rewards/"))
-        metrics = {n: statistics.fmean(r.metrics[n] for r in reports if n in r.metrics) for n in names}
-        return RewardReport(metrics, list(dict.fromkeys(line for report in reports for line in report.failures)))
+        return merged(reports)
 
     def close(self) -> None:
         """Groups not begun are dropped; one that is being scored ends by its timeout."""

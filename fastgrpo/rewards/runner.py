@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -244,6 +245,13 @@ def raise_if_all_failed(rollouts: Sequence[Rollout], failures: Sequence[str]) ->
     """Raises AllRewardsFailed, saying how the functions failed, when no rollout has a reward."""
     if all(rollout.failed for rollout in rollouts):
         raise AllRewardsFailed(f"none of this step's {len(rollouts)} samples has a reward ({'; '.join(failures)})")
+
+
+def merged(reports: Sequence[RewardReport]) -> RewardReport:
+    """The reports on parts of a batch as one: what was logged, averaged over the parts; the statistics left out."""
+    names = dict.fromkeys(name for report in reports for name in report.metrics if not name.startswith("rewards/"))
+    metrics = {n: statistics.fmean(r.metrics[n] for r in reports if n in r.metrics) for n in names}
+    return RewardReport(metrics, list(dict.fromkeys(line for report in reports for line in report.failures)))
 
 
 def reward_statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:

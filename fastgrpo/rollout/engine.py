@@ -43,23 +43,29 @@ class Engine(Protocol):
         """Release everything."""
 
 
-def make_engine(config: GRPOConfig, policy: Any) -> tuple[Engine, str]:
+def make_engine(config: GRPOConfig, policy: Any, processes: int = 1) -> tuple[Engine, str]:
     """The engine that `rollout_engine` names, and which it is and why, for people.
+
+    processes: of the run, each of which makes one of its own.
 
     Raises ValueError, ImportError or RunError, in one line, for one that cannot be had.
     """
-    name, reason = choose_engine(config.rollout_engine, policy.device.type)
+    name, reason = choose_engine(config.rollout_engine, policy.device.type, processes)
     return _MAKERS[name](config, policy), f"rollouts by {name} ({reason})"
 
 
-def choose_engine(name: str, device_type: str) -> tuple[str, str]:
+def choose_engine(name: str, device_type: str, processes: int = 1) -> tuple[str, str]:
     """The engine for `rollout_engine` on a device, and why."""
+    if processes > 1 and name.startswith("vllm"):
+        raise ValueError(f"rollout_engine={name!r} is for runs of one process, this one has {processes}: take loop")
     if name in _MAKERS:
         return name, "as asked for"
     if name != "auto":
         raise ValueError(f"rollout_engine={name!r} must be auto, {', '.join(_MAKERS)}")
     if device_type != "cuda":
         return "loop", "the fastest on a CPU"
+    if processes > 1:
+        return "loop", "the one for several processes"
     return ("vllm", "installed") if find_spec("vllm") else ("loop", "vllm is not installed")
 
 

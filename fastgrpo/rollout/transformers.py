@@ -109,7 +109,7 @@ class TransformersEngine:
             rows = self.batch_size if self._flash else min(self.batch_size, _ROWS)
             plan = _Plan.of(prompts, n, sampling, max(n, rows))
             session = self._open(plan)
-            torch.manual_seed(sampling.seed)  # now, since captured graphs and caches know no seed
+            torch.manual_seed(sampling.seed ^ sampling.first_group)  # captured graphs and caches know no seed
             try:
                 requests = _Requests([p.token_ids for p in prompts], n, plan.rows, sampling.max_tokens, stopping.tokens)
                 session.run(requests, self.timeout, ended)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.clock import peak_tensor_bytes
 from fastgrpo.config import GRPOConfig
+from fastgrpo.distributed import Ranks
 from fastgrpo.gpus import GPUS, Device
 from fastgrpo.optim import Optimizer
 from fastgrpo.packing import denominators, pack
@@ -151,6 +152,30 @@ def test_parts_to_the_byte_and_peaks_within_ten_percent(case: str, tiny_tokenize
         assert peak == pytest.approx(_temporary(plan, phase), rel=0.1), phase
         assert lasting + peak == pytest.approx(sum(plan.phases[phase].values()), rel=0.1), phase
     assert lasting + max(measured.values()) == pytest.approx(plan.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"dtype": "float32"}, {"use_peft": True, "lora_r": 8}])
+@pytest.mark.parametrize("processes", [2, 3, 8])
+def test_of_several_processes_each_has_what_it_owns(
+    processes: int, options: dict[str, Any], tiny_tokenizer: Any
+) -> None:
+    config = _config(**options)
+    if config.use_peft:
+        pytest.importorskip("peft")
+    plan = _planned("Qwen3", _UNTIED, config, replace(_LOAD, prompts=1, processes=processes)).models["policy"]
+    policy = _policy("Qwen3", _UNTIED, config, tiny_tokenizer)
+    model = _bytes(policy.model.parameters())
+    held = []
+    for rank in range(processes):
+        optimizer = Optimizer(policy.trainable(), config, Ranks(rank, processes))
+        optimizer.torch_optimizer.step()
+        held.append((model + _bytes(optimizer.masters().values()), _bytes(_state(optimizer))))
+        assert plan.gradients == _bytes(p.grad for p in optimizer._masters)
+        optimizer.close()
+        for parameter in policy.model.parameters():
+            parameter.grad = None
+    assert (plan.weights, plan.optimizer) == max(held)
+    assert plan.optimizer < 1.25 * sum(size for _, size in held) / processes or processes == 8
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -41,6 +41,21 @@ def record(model: str, capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
+def test_several_processes(record: Any) -> None:
+    one, _ = record("--gpu", "H200", "--num_prompts_per_step", "30")
+    plan, code = record("--gpu", "H200", "--num_prompts_per_step", "30", "--processes", "8")
+    assert code == 0
+    assert plan["inputs"]["processes"] == 8
+    assert plan["inputs"]["prompts"] == 4
+    parameters, policy = plan["inputs"]["parameters"], plan["models"]["policy"]
+    assert policy["gradients"] == one["models"]["policy"]["gradients"]
+    owned = (policy["weights"] - 2 * parameters) // 4
+    assert parameters / 8 <= owned < parameters / 3  # the embedding, a quarter of this model, has one owner
+    assert policy["optimizer"] == pytest.approx(8 * owned, rel=1e-4)
+    assert plan["seconds"]["update"] < one["seconds"]["update"] / 7
+    assert record("--gpu", "H200", "--processes", "8", "--rollout_engine", "loop")[1] == 0
+
+
 def test_the_record_adds_up(record: Any) -> None:
     plan, code = record("--gpu", "H200", "--beta", "0.1", "--num_minibatches", "2", "--max_completion_length", "1024")
     assert code == 0

@@ -290,11 +290,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match="row"):
             make_trainer(tiny_model_dir, tmp_path, train_dataset=[{"prompt": None}, {"prompt": "x"}]).train()
 
-    def test_several_processes_are_refused(
+    def test_processes_of_several_machines_are_refused(
         self, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(ConfigError, match="WORLD_SIZE"):
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        with pytest.raises(RunError, match="several machines"):
             make_trainer(tiny_model_dir, tmp_path)
 
     def test_errors_of_a_run_are_run_errors(self) -> None:

@@ -122,7 +122,8 @@ class Decoder:
         """Prompts that have run; logits [groups, V] of the tokens after them."""
         for group, last in zip(groups, logits, strict=True):
             group.logits = last.clone()  # not a view, which would keep those of all rows
-            group.draws = uniforms(self.sampling.seed, group.index, len(group.waiting), self.sampling.max_tokens)
+            place = self.sampling.first_group + group.index
+            group.draws = uniforms(self.sampling.seed, place, len(group.waiting), self.sampling.max_tokens)
         self.ready += groups
 
     def _start(self) -> int:

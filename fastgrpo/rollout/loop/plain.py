@@ -48,7 +48,8 @@ def decode_plainly(
     for start in range(0, len(order), per_batch):
         chunk = order[start : start + per_batch]
         rows = [PlainRow(i * n + k) for i in chunk for k in range(n)]
-        draws = torch.cat([uniforms(sampling.seed, i, n, sampling.max_tokens) for i in chunk])
+        places = [sampling.first_group + i for i in chunk]
+        draws = torch.cat([uniforms(sampling.seed, place, n, sampling.max_tokens) for place in places])
         batch = _Batch.prefill(model, [prompts[i] for i in chunk], n)
         _decode(model, batch, rows, draws, sampling, stopping, ended, check)
 

@@ -67,7 +67,7 @@ def sampling_options(policy: Any, sampling: Sampling, group: int, n: int) -> dic
         "top_p": sampling.top_p,
         "min_p": sampling.min_p,
         "max_tokens": sampling.max_tokens,
-        "seed": derive_seed(sampling.seed, "vllm", group) >> 1,
+        "seed": derive_seed(sampling.seed, "vllm", sampling.first_group + group) >> 1,
         "stop_token_ids": sorted(ends),
         "stop": list(sampling.stop_strings),
         "include_stop_str_in_output": True,  # the token that completes it is sampled, and trains

@@ -289,11 +289,13 @@ PLAIN = ((14, 2, 64), (12, 2, 128), (28, 4, 128), (32, 8, 128), (8, 4, 256), (32
 """Heads and their size of Qwen2.5-0.5B, 1.5B and 7B, Llama-3-8B, Gemma-2-2B, and one that is no power of two."""
 NORMED = ((16, 8, 128), (32, 8, 128))
 """Qwen3-0.6B and 1.7B, 4B and 8B."""
+_PLAIN = [*product(("bf16",), PLAIN), *product(("fp32",), (PLAIN[0], *PLAIN[3:]))]
+_NORMED = [*product(("bf16",), NORMED), ("fp32", NORMED[0])]
 
 KERNELS = [
-    *(_spec(dtype, *heads, False) for dtype, heads in product(("bf16", "fp32"), PLAIN)),
-    *(_spec(dtype, *heads, True) for dtype, heads in product(("bf16", "fp32"), NORMED)),
-    *(_backward_spec(dtype, *heads, False) for dtype, heads in product(("bf16", "fp32"), PLAIN)),
-    *(_backward_spec(dtype, *heads, True) for dtype, heads in product(("bf16", "fp32"), NORMED)),
+    *(_spec(dtype, *heads, False) for dtype, heads in _PLAIN),
+    *(_spec(dtype, *heads, True) for dtype, heads in _NORMED),
+    *(_backward_spec(dtype, *heads, False) for dtype, heads in _PLAIN),
+    *(_backward_spec(dtype, *heads, True) for dtype, heads in _NORMED),
     *(sum_parts_spec(dtype, 2 * size) for dtype, size in product(("bf16", "fp32"), sorted({x[2] for x in NORMED}))),
 ]

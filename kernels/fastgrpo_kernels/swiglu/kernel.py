@@ -93,4 +93,6 @@ def _spec(dtype: str, size: int, back: bool) -> KernelSpec:
 SIZES = (3072, 4864, 8960, 9728, 12288, 14336, 18944)
 """Qwen3-0.6B, Qwen2.5-0.5B, 1.5B, Qwen3-4B and 8B, Llama-3-8B, Qwen2.5-7B."""
 
-KERNELS = [_spec(*variant) for variant in product(("bf16", "fp32"), SIZES, (False, True))]
+_LISTED = [*product(("bf16",), SIZES), *product(("fp32",), (4864, 18944))]
+
+KERNELS = [_spec(*variant, backward) for variant, backward in product(_LISTED, (False, True))]

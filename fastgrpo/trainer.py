@@ -81,7 +81,7 @@ class GRPOTrainer:
         self._callback_list = list(callbacks or [])
         self.rewards = RewardRunner(self.task.rewards(self.config), in_threads=self.config.overlap_rewards)
         self.config.loss_config()  # its own checks, before anything is loaded
-        self.ranks = Ranks.join()
+        self.ranks = Ranks.join(cpu=self.config.device == "cpu")
         if not self.ranks.alone and ":" in self.config.device:
             raise ConfigError(
                 f"device={self.config.device!r} is one, and there are {self.ranks.size} processes: leave it out"
@@ -146,6 +146,7 @@ class GRPOTrainer:
             del self.engine
         self.rewards.close()
         self.directory.release()
+        self.ranks.interruptible = nullcontext
 
     def evaluate(self) -> dict[str, float]:
         """Sample and score the evaluation prompts with the weights as they are; returns the metrics `eval/...`."""
@@ -286,6 +287,7 @@ class GRPOTrainer:
         """Everything between the call of `train` and the first step. Returns whether there is anything left to do."""
         config = self.config
         options = self.task.options() | config.to_dict()
+        self.directory.same(options, self.ranks)
         afresh, checkpoint = self.ranks.from_first("output_dir", lambda: self.directory.look(options, resume, config))
         if checkpoint is None:
             self._begin_anew()
@@ -298,7 +300,7 @@ class GRPOTrainer:
             self.reference = Reference(self.policy)
         if config.has_critic:
             self.critic = self.critic or make_critic(self.policy, config, self.task.peft_config)
-            self.ranks.copy_from_first([p for _, p in self.critic.trainable()])
+            self.ranks.make_alike(self.critic.body)
             self.critic_optimizer = Optimizer(self.critic.trainable(), config, self.ranks)
         if config.sync_ref_model and self.policy.is_peft:
             raise ConfigError("sync_ref_model excludes adapters: there the reference is the model without them")
@@ -373,7 +375,7 @@ class GRPOTrainer:
         if not self._loaded:
             seed_generators(self.config.seed)
             self.policy = load_policy(model, self.task.processing_class, config, self.task.peft_config)
-            self.ranks.copy_from_first([*self.policy.model.parameters(), *self.policy.model.buffers()])
+            self.ranks.make_alike(self.policy)
             self._loaded = True
         if train_rows is not None:
             self.source = make_prompts(train_rows, self.policy, config, config.max_completion_length)

@@ -125,7 +125,7 @@ class TestFaults:
         assert {line["rewards/digits_or_nothing/failed"] for line in lines(tmp_path)} == {12.0}  # 3 of 5 prompts
 
     def test_all_rewards_fail(self, runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
-        config = config(
+        config = config_of(
             tmp_path, tiny_model_dir, reward_funcs=["distributed_run:nothing"], eval_dataset=None, save_steps=0
         )
         codes, outputs = runs.run(tmp_path, config=str(config))

@@ -14,7 +14,7 @@ import os
 import pickle
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -101,7 +101,8 @@ class Ranks:
         if not self.alone:
             import torch.distributed as dist
 
-            self.gather("the end", None)
+            with suppress(OtherProcessFailed):  # one that is gone has ended
+                self.gather("the end", None)
             dist.destroy_process_group()
 
     @property

@@ -122,28 +122,28 @@ class GRPOTrainer:
                     self._run()
             elif self.ranks.first and not self.config.disable_progress:
                 print(f"finished before, at step {self.state.step}: {self.directory.path}", flush=True)
-        except StopRequested as stop:
-            self._save()
-            self.recorder.message(f"{stop}: saved at step {self.state.step}; the same command goes on from there")
-            raise
         finally:
             self._close()
         return self.state
 
     def _run(self) -> None:
-        self._begin()
-        while not self._done():
-            batch = self.pending or self._collect()  # prompts -> rollouts -> rewards -> advantages
-            metrics = self._update(batch)  # packing -> hidden states -> loss -> gradients -> new weights
-            self._record(metrics, batch)  # metrics, evaluation, checkpoint
-        self._end()
+        try:
+            self._begin()
+            while not self._done():
+                batch = self.pending or self._collect()  # prompts -> rollouts -> rewards -> advantages
+                metrics = self._update(batch)  # packing -> hidden states -> loss -> gradients -> new weights
+                self._record(metrics, batch)  # metrics, evaluation, checkpoint
+            self._end()
+        except StopRequested as stop:
+            self._save()  # while signals are watched: another process may have been asked first, this one be asked yet
+            self.recorder.message(f"{stop}: saved at step {self.state.step}; the same command goes on from there")
+            raise
 
     def _close(self) -> None:
         for name in ("recorder", "collector", "engine", "optimizer", "critic_optimizer"):
             if getattr(self, name, None):
                 getattr(self, name).close()
-        if hasattr(self, "engine"):
-            del self.engine
+        vars(self).pop("engine", None)
         self.rewards.close()
         self.directory.release()
         self.ranks.interruptible = nullcontext

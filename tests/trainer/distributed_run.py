@@ -164,7 +164,7 @@ def probe_end(folder: Path) -> None:
         os._exit(0)
     with pytest.raises(OtherProcessFailed, match="another process has ended; this one waited for it at 'numbers'"):
         ranks.gather("numbers", 1)
-    os._exit(0)  # without a word to the others
+    ranks.leave()  # it has ended, so there is nobody to wait for
 
 
 def probe_gpus(folder: Path) -> None:
@@ -247,6 +247,25 @@ class Stopped:
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def probe_asked_later(folder: Path) -> None:
+    """The second process is asked to stop when the first one's request has it saving already."""
+    from fastgrpo import trainer as module
+    from fastgrpo.signals import StopRequested
+
+    trainer = _trainer(folder, [Stopped] if os.environ["RANK"] == "0" else [], save_steps=0)
+    if os.environ["RANK"] == "1":
+        write = module.write_part
+
+        def asked(*args: Any, **options: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return write(*args, **options)
+
+        module.write_part = asked
+    with pytest.raises(StopRequested):
+        trainer.train()
+    trainer.ranks.leave()
 
 
 def probe_eval(folder: Path) -> None:

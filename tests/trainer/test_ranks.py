@@ -44,6 +44,13 @@ def test_scripts(runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
     assert "saved at step 2" in outputs[0]
 
 
+def test_asked_to_stop_while_all_are_stopping(runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
+    config_of(tmp_path, tiny_model_dir)
+    codes, outputs = runs.run(tmp_path, probe="probe_asked_later")
+    assert codes == [0, 0], outputs
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").exists()
+
+
 def test_eval(runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
     config_of(tmp_path, tiny_model_dir, eval_num_generations=2)
     [_, [alone]] = runs.run(tmp_path, 1, probe="probe_eval")

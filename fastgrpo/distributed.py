@@ -46,7 +46,7 @@ class Ranks:
     group:         gloo's group of them, for what is on the CPU; None when alone.
     devices:       the group for what is on their devices.
     interruptible: what `together` runs stages in that a signal may cut.
-    known:         the exception that `together` raised last: all processes have raised one there.
+    known:         the exception that `together` or `same` raised last: all processes have raised one there.
     """
 
     rank: int = 0
@@ -133,7 +133,8 @@ class Ranks:
         """Raises RunError, in every process, where it is not the same in all."""
         values = self.gather(what, value)
         if any(other != values[0] for other in values):
-            raise RunError(f"the processes of this run have different {what}: {', '.join(map(str, values))}")
+            self.known = RunError(f"the processes of this run have different {what}: {', '.join(map(str, values))}")
+            raise self.known
 
     def together(self, what: str, stage: Callable[[], T], *, cuttable: bool = False) -> list[T]:
         """Run `stage` in every process; what it gave in each. Raised by one, raised by all: nobody waits for ever.

@@ -75,6 +75,7 @@ class Early:
 def probe_values(folder: Path) -> None:
     """What `Ranks` does with values on the host."""
     from fastgrpo.distributed import OtherProcessFailed, Ranks
+    from fastgrpo.errors import RunError
     from fastgrpo.signals import StopRequested
 
     ranks = Ranks.join()
@@ -101,6 +102,10 @@ def probe_values(folder: Path) -> None:
 
     with pytest.raises(StopRequested, match="SIGTERM"):
         ranks.together("stops", stops)
+    ranks.same("sizes", ranks.size)
+    with pytest.raises(RunError, match="different numbers: 0, 1, 2") as unlike:
+        ranks.same("numbers", ranks.rank)
+    assert ranks.known is unlike.value  # so that a run saves what it has
     # What cannot be pickled is a failure like any other, and nobody waits for it.
     with pytest.raises((pickle.PicklingError, AttributeError) if ranks.first else OtherProcessFailed):
         ranks.together("pickles", lambda: (lambda: None) if ranks.first else None)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.config import ConfigError, GRPOConfig, RunConfig, nearest
-from fastgrpo.errors import RunError
+from fastgrpo.errors import OtherProcessFailed, RunError
 from fastgrpo.options import GROUPS, TaskOptions
 
 _LISTS = ("reward_funcs", "report_to", "stop_token_ids", "stop_strings", "reward_weights")
@@ -69,7 +69,7 @@ def guarded(command: Callable[[], int]) -> int:
         hint = "" if isinstance(error, (ConfigError, RunError)) else " (FASTGRPO_TRACEBACK=1 shows where)"
         rank = os.environ.get("RANK", "0")
         whose = "" if rank == "0" else f"process {rank}: "
-        if not whose or not isinstance(error, ConfigError):  # options are the same in all processes
+        if not whose or not _told_by_first(error):
             print(f"fastgrpo: error: {whose}{' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 2
 
@@ -248,6 +248,11 @@ def _check_spelling(argv: list[str], known: list[str], own: list[str]) -> None:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).replace("Parser key", "option").split())
+
+
+def _told_by_first(error: Exception) -> bool:
+    """Of several processes: options are the same in all, and where another one failed it has said so itself."""
+    return isinstance(error, (ConfigError, OtherProcessFailed))
 
 
 def _expected(error: Exception) -> bool:

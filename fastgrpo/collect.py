@@ -90,7 +90,7 @@ class Collector:
     ) -> tuple[list[Rollout], RewardReport]:
         started = time.perf_counter()
         prompts, state.prompts_drawn = self.source.draw(state.prompts_drawn, count)
-        begin, share = self.ranks.share(prompts)
+        begin, share = self.ranks.share(prompts, by_first=self.config.rollouts_by_first)
 
         def stage() -> tuple[list[Rollout], RewardReport, float]:
             if self._ahead is None:
@@ -113,7 +113,7 @@ class Collector:
         rollouts = [r for part, _, _ in parts for r in part]
         return rollouts, parts[0][1] if self.ranks.alone else merged([report for _, report, _ in parts])
 
-    def _sampling(self, batch: int, attempt: int, first_group: int = 0) -> Sampling:
+    def _sampling(self, batch: int, attempt: int, first_group: int) -> Sampling:
         config = self.config
         return Sampling(
             max_tokens=config.max_completion_length,
@@ -147,8 +147,9 @@ class Collector:
         Nothing of it enters `state`: a run that goes on from a checkpoint samples the batch anew.
         """
         prompts, _ = self.source.draw(state.prompts_drawn, self.config.num_prompts_per_step)
-        sampling = self._sampling(state.batches_done + 1, 1)
-        self._ahead = self._threads.submit(self._generate, prompts, sampling, trainer_state)
+        begin, share = self.ranks.share(prompts, by_first=self.config.rollouts_by_first)
+        sampling = self._sampling(state.batches_done + 1, 1, begin)
+        self._ahead = self._threads.submit(self._generate, share, sampling, trainer_state)
 
 
 def batch_metrics(rollouts: list[Rollout]) -> dict[str, float]:

@@ -193,6 +193,11 @@ class GRPOConfig(
         return self._algorithm.critic
 
     @property
+    def rollouts_by_first(self) -> bool:
+        """Of several processes, does the first ask for all samples and score them? Servers are one's alone."""
+        return self.rollout_engine == "vllm_server"
+
+    @property
     def needs_reference(self) -> bool:
         """Is the policy compared with a reference model, in the loss or in the reward?"""
         return self.beta > 0 or bool(self.kl_coef)

@@ -28,7 +28,7 @@ def evaluate(
     and are counted in `eval/failed`.
     """
     ranks = ranks or Ranks()
-    begin, share = ranks.share(prompts)
+    begin, share = ranks.share(prompts, by_first=config.rollouts_by_first)
     sampling = Sampling(
         max_tokens=config.eval_max_completion_length or config.max_completion_length,
         temperature=config.eval_temperature or config.temperature,

@@ -63,7 +63,8 @@ class Early:
 
 def probe_values(folder: Path) -> None:
     """What `Ranks` does with values on the host."""
-    from fastgrpo.distributed import OtherProcessFailed, Ranks
+    from fastgrpo.distributed import Ranks
+    from fastgrpo.errors import OtherProcessFailed
     from fastgrpo.signals import StopRequested
 
     ranks = Ranks.join()
@@ -166,6 +167,17 @@ def _note_weights(folder: Path) -> None:
     GRPOTrainer._end = noted  # type: ignore[method-assign]
 
 
+def _serve_by_loop(rank: int) -> None:
+    """Servers' samples drawn by the loop engine, of the first process alone."""
+    from fastgrpo.rollout import engine
+
+    def make(config: Any, policy: Any) -> Any:
+        assert rank == 0
+        return engine._loop(config, policy)
+
+    engine._MAKERS["vllm_server"] = make
+
+
 def _disturb(what: str) -> None:
     """Faults of the second process alone."""
     from fastgrpo.rollout.loop import LoopEngine
@@ -200,6 +212,8 @@ def work(request: dict[str, Any], rank: int) -> int:
         return 0
     _note_weights(folder)
     affected = rank == request.get("rank", 1)
+    if request.get("server"):
+        _serve_by_loop(rank)
     if affected and "fault" in request:
         _disturb(request["fault"])
     return killed_run.run(

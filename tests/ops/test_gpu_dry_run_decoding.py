@@ -89,6 +89,16 @@ def in_dtypes(sizes: Sequence[Any], fp32: Sequence[Any]) -> list[tuple[Any, torc
     return [*product(sizes, (BF16, FP16)), *product(fp32, (FP32,))]
 
 
+ROTATED = pytest.mark.parametrize(
+    ("heads", "dtype"),
+    in_dtypes(
+        [(14, 2, 64, False), (12, 2, 128, False), (28, 4, 128, False), (32, 8, 128, False), (16, 8, 128, True)],
+        fp32=[(14, 2, 64, False), (32, 8, 128, False), (16, 8, 128, True)],
+    ),
+)
+"""Heads of the queries and of the keys, their size, and are they normed?"""
+
+
 @pytest.mark.parametrize(("size", "dtype"), in_dtypes([896, 1536, 3584, 4096, 8192, 16_384], fp32=[896, 4096, 16_384]))
 def test_add_rms_norm(size: int, dtype: torch.dtype) -> None:
     def call(rows: int, residual: bool) -> None:
@@ -99,13 +109,7 @@ def test_add_rms_norm(size: int, dtype: torch.dtype) -> None:
         run_all(partial(call, residual=residual), "add_rms_norm_kernel")
 
 
-@pytest.mark.parametrize(
-    ("heads", "dtype"),
-    in_dtypes(
-        [(14, 2, 64, False), (12, 2, 128, False), (28, 4, 128, False), (32, 8, 128, False), (16, 8, 128, True)],
-        fp32=[(14, 2, 64, False), (32, 8, 128, False), (16, 8, 128, True)],
-    ),
-)
+@ROTATED
 def test_rotate_heads(heads: tuple[int, int, int, bool], dtype: torch.dtype) -> None:
     queries, keys, size, norm = heads
 

@@ -88,9 +88,16 @@ def test_wrong_commands(argv: list[str], message: str, capsys: pytest.CaptureFix
     ("options", "extra", "message"),
     [
         ({"lerning_rate": 1}, [], "unknown option 'lerning_rate', did you mean 'learning_rate'?"),
-        ({"learning_rate": "fast"}, [], "learning_rate"),
-        ({}, ["--loss_type", "ppo"], "loss_type"),
-        ({}, ["--num_generations", "2.5"], "num_generations"),
+        ({"learning_rate": "fast"}, [], "error: learning_rate='fast' must be a number"),
+        ({}, ["--loss_type", "gppo"], "error: loss_type='gppo' must be one of grpo, bnpo, "),
+        ({}, ["--loss_type=gppo"], "did you mean 'grpo'?"),
+        ({}, ["--num_generations", "2.5"], "error: num_generations='2.5' must be a whole number"),
+        ({}, ["--gamma", "nan"], "error: gamma='nan' must be a finite number"),
+        ({}, ["--column_mapping", "question"], "column_mapping='question' must be a mapping of strings to strings"),
+        ({}, ["--reward_weights", "a"], "error: reward_weights='a' must be a list of numbers or null"),
+        ({"fused_layers": "perhaps"}, [], "error: fused_layers='perhaps' must be true or false or null"),
+        ({}, ["--use_peft"], "error: --use_peft needs a value: true or false"),
+        ({"report_to": "mlflow"}, [], "report_to=['mlflow'] must be a list of any of tensorboard, wandb, none"),
         ({"num_generations": 1}, [], "num_generations=1: a group needs 2 or more"),
         ({"reward_funcs": ["exact_mach"]}, [], "did you mean 'exact_match'?"),
         ({"reward_funcs": ["no_module:f"]}, [], "no_module"),
@@ -158,6 +165,8 @@ def test_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text("a: [1\nb: }")
     assert "is not YAML" in _error(capsys, ["train", str(bad)])
+    bad.write_text("seed: 1\nmax_steps: 2\nseed: 3\n")
+    assert "bad.yaml: seed is given twice" in _error(capsys, ["train", str(bad)])
     bad.write_text("- just\n- a list\n")
     assert "must hold options" in _error(capsys, ["train", str(bad)])
 

@@ -95,7 +95,10 @@ class CheckpointStore:
             else:
                 return path
         if found:
-            raise CheckpointError(f"all {len(found)} checkpoints in {self.folder} are damaged: the run cannot go on")
+            raise CheckpointError(
+                f"all {len(found)} checkpoints in {self.folder} are damaged: the run cannot go on. Put one back, or begin "
+                "anew: in another output_dir, or here with resume=never and overwrite_output_dir=true"
+            )
         return None
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 from pathlib import Path
 from typing import IO, Any
@@ -33,8 +34,11 @@ class RunDirectory:
         """Keep other processes out until `release`. Raises ConfigError when one is at work here."""
         if self._lock is not None:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = (self.path / ".lock").open("w")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"output_dir={str(self.path)!r} cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -56,6 +60,7 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output_dir={str(self.path)!r} is a file")
+        self._check_place()
         if not self._begun():
             return False
         if not self.config.exists():
@@ -72,11 +77,36 @@ class RunDirectory:
             )
         if changes and not allow_change:
             raise ConfigError(
-                f"output_dir={str(self.path)!r} holds another run ({'; '.join(changes[:3])}"
-                f"{'; ...' if len(changes) > 3 else ''}): choose another folder, replace it with "
-                "overwrite_output_dir=true, or go on with the new options with allow_config_change=true"
+                f"output_dir={str(self.path)!r} holds another run ({_some(changes)}): choose another folder, "
+                "replace it with overwrite_output_dir=true, or go on with the new options with allow_config_change=true"
             )
         return False
+
+    def _check_place(self) -> None:
+        """Can the folder be made, or written where it is there? Asked before a model is loaded for it."""
+        there = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        reason = "" if there.is_dir() else f"{str(there)!r} is a file"
+        if not reason and not os.access(there, os.W_OK | os.X_OK):
+            reason = f"no permission to write in {str(there)!r}"
+        if reason:
+            raise ConfigError(f"output_dir={str(self.path)!r} cannot be written: {reason}")
+
+    def check_origin(self, checkpoint: Path | None, options: dict[str, Any], *, allow_change: bool) -> str:
+        """The decisive options that changed since the run that `checkpoint` is of, here or in another folder, in words.
+
+        Raises ConfigError when there are any, unless `allow_change`. Where the checkpoint stands alone, without its
+        run's config.yaml, nothing is known of it.
+        """
+        run = RunDirectory(checkpoint.absolute().parents[1]) if checkpoint else self
+        if checkpoint is None or not run.config.is_file():
+            return ""
+        changes = decisive_changes(run._read_config(), options)
+        if changes and not allow_change:
+            raise ConfigError(
+                f"checkpoint {checkpoint} is of a run with other options ({_some(changes)}): go on with the new ones "
+                "with allow_config_change=true"
+            )
+        return f" with other options: {'; '.join(changes)}" if changes else ""
 
     def claim(self, options: dict[str, Any], *, afresh: bool) -> None:
         """Make the folder this run's: remove an old run if `afresh`, and write config.yaml."""
@@ -119,3 +149,22 @@ class RunDirectory:
                 shutil.rmtree(target)
             else:
                 target.unlink(missing_ok=True)
+
+
+def given_checkpoint(path: Any) -> Path:
+    """The checkpoint that `resume` names. Raises ConfigError for what is no path of one, CheckpointError if damaged."""
+    from fastgrpo.checkpoint import CheckpointStore
+    from fastgrpo.state import CheckpointError
+
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"resume={path!r} must be auto, never or a checkpoint's path")
+    if not Path(path).is_dir():
+        raise CheckpointError(f"checkpoint {path} does not exist: resume is auto, never or a checkpoint's path")
+    if (Path(path) / "checkpoints").is_dir():
+        raise ConfigError(f"resume={str(path)!r} is a run directory: name one of its checkpoints, or use auto")
+    CheckpointStore.verify(path)
+    return Path(path)
+
+
+def _some(changes: list[str]) -> str:
+    return "; ".join([*changes[:3], *(["..."] if len(changes) > 3 else [])])

@@ -31,7 +31,7 @@ from fastgrpo.recorder import Recorder, save_failed_step
 from fastgrpo.records import Prompt, RolloutBatch, TrainState
 from fastgrpo.rewards import RewardRunner
 from fastgrpo.rollout import Engine, make_engine
-from fastgrpo.run_directory import RunDirectory
+from fastgrpo.run_directory import RunDirectory, given_checkpoint
 from fastgrpo.seeding import seed_generators
 from fastgrpo.signals import StopRequested, StopSignals
 from fastgrpo.snapshot import MODEL_FOLDER, read_snapshot, write_snapshot
@@ -279,6 +279,7 @@ class GRPOTrainer:
         if afresh and resume not in ("auto", "never"):
             raise ConfigError(f"overwrite_output_dir would remove the run that resume={resume!r} is to go on from")
         checkpoint = None if afresh else self._find_checkpoint(resume)
+        changed = self.directory.check_origin(checkpoint, options, allow_change=config.allow_config_change)
         if checkpoint is None:
             self._begin_anew()
         elif self._finished(checkpoint):
@@ -311,7 +312,7 @@ class GRPOTrainer:
         self._trained = True
         self.recorder = Recorder(self.directory, config, options, self.policy.device, self.state.step, self.total_steps)
         if checkpoint is not None:
-            self.recorder.message(f"going on from {checkpoint}")
+            self.recorder.message(f"going on from {checkpoint}{changed}")
         for note in (self._engine_choice, *self.updater.notes()):
             self.recorder.message(note)
         self._mark_boundary()
@@ -337,10 +338,7 @@ class GRPOTrainer:
             return None
         if resume == "auto":
             return CheckpointStore(self.directory.path).latest()
-        if (Path(resume) / "checkpoints").is_dir():
-            raise ConfigError(f"resume={resume!r} is a run directory: name one of its checkpoints, or use auto")
-        CheckpointStore.verify(resume)
-        return Path(resume)
+        return given_checkpoint(resume)
 
     def _where_to_load(self, checkpoint: Path | None) -> Any:
         """The checkpoint's own model folder where that is enough.

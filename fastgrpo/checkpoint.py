@@ -95,9 +95,11 @@ class CheckpointStore:
             else:
                 return path
         if found:
+            many = f"all {len(found)} checkpoints in {self.folder} are"
+            damaged = many if len(found) > 1 else f"checkpoint {found[0][1]} is"
             raise CheckpointError(
-                f"all {len(found)} checkpoints in {self.folder} are damaged: the run cannot go on. Put one back, or begin "
-                "anew: in another output_dir, or here with resume=never and overwrite_output_dir=true"
+                f"{damaged} damaged: the run cannot go on. Put one back, or begin anew: in another output_dir, or here "
+                "with resume=never and overwrite_output_dir=true"
             )
         return None
 

@@ -108,6 +108,8 @@ def _report(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if not options.run_dir.is_dir():
         raise ConfigError(f"no such run directory: {options.run_dir}")
+    if not any((options.run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl", "summary.json")):
+        raise ConfigError(f"{options.run_dir} holds no run: there is neither a config.yaml nor a metrics.jsonl")
     from fastgrpo.report import build_report, reward_curve_svg
 
     print(build_report(options.run_dir))
@@ -143,6 +145,11 @@ def _bench(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
+    import argparse
+
+    argparse.ArgumentParser(
+        prog="fastgrpo doctor", description="Say what this machine offers, and what each missing package would bring."
+    ).parse_args(argv)
     from fastgrpo.doctor import describe_machine
 
     print(describe_machine())

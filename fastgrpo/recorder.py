@@ -5,6 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 
 from fastgrpo.completions import write_completions
 from fastgrpo.config import GRPOConfig
+from fastgrpo.errors import RunError
 from fastgrpo.records import Rollout, RolloutBatch
 from fastgrpo.run_directory import RunDirectory
 from fastgrpo.state import pack_rollouts, save_tensors
@@ -63,15 +66,28 @@ class Recorder:
     def line(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line of metrics everywhere."""
         self._last_line = time.perf_counter()
-        self._metrics.write(step, metrics)
-        self._tracker.log(step, metrics)
+        with self._writing("metrics", step):
+            self._metrics.write(step, metrics)
+            self._tracker.log(step, metrics)
         self._progress.update(step, metrics)
 
     def completions(self, step: int, rollouts: list[Rollout]) -> None:
         """Keep the completions that step `step` is the first to train on."""
         if self._config.log_completions:
-            self._directory.completions.mkdir(exist_ok=True)
-            write_completions(self._directory.completions, step, rollouts)
+            with self._writing("completions", step):
+                self._directory.completions.mkdir(exist_ok=True)
+                write_completions(self._directory.completions, step, rollouts)
+
+    @contextmanager
+    def _writing(self, what: str, step: int) -> Iterator[None]:
+        """A full disk is told with where it is; OSError alone often names no file."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise RunError(
+                f"output_dir={str(self._directory.path)!r}: {what} of step {step} could not be written: {reason}"
+            ) from error
 
     def message(self, text: str) -> None:
         """Tell the user, above the progress display."""

@@ -49,7 +49,9 @@ class Task:
         return _rows(self.train_dataset, config.train_split, config)
 
     def eval_rows(self, config: GRPOConfig) -> Any | None:
-        """The evaluation data set, if there is one."""
+        """The evaluation data set, if there is one. ConfigError when `eval_steps` wants one in vain."""
+        if self.eval_dataset is None and config.eval_steps:
+            raise ConfigError(f"eval_steps={config.eval_steps} needs an eval_dataset: there is nothing to evaluate on")
         return None if self.eval_dataset is None else _rows(self.eval_dataset, config.eval_split, config)
 
 

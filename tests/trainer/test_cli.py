@@ -78,6 +78,7 @@ def test_nothing_heavy_is_loaded_before_it_is_needed(tmp_path: Path) -> None:
         (["train", "--lerning_rate", "1"], "unknown option --lerning_rate, did you mean 'learning_rate'?"),
         (["train"], "model is required"),
         (["report", "missing"], "no such run directory: missing"),
+        (["report", str(_EXAMPLES)], "examples holds no run: there is neither a config.yaml nor a metrics.jsonl"),
     ],
 )
 def test_wrong_commands(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,6 +105,7 @@ def test_wrong_commands(argv: list[str], message: str, capsys: pytest.CaptureFix
         ({"reward_funcs": None}, [], "reward_funcs is required"),
         ({"train_dataset": "/nowhere/rows.jsonl"}, [], "/nowhere/rows.jsonl"),
         ({"model": "/nowhere/model"}, [], "model='/nowhere/model': no such folder"),
+        ({"eval_steps": 20}, [], "eval_steps=20 needs an eval_dataset"),
         ({"rollout_engine": "warp"}, [], "rollout_engine"),
     ],
 )
@@ -209,6 +211,14 @@ def test_modules_beside_the_config_can_be_named(tiny_model_dir: Path, tmp_path: 
         tmp_path, model="my_task_7:model", train_dataset="my_task_7:rows", reward_funcs=["my_task_7:reward"], seed=11
     )
     assert main(["train", config]) == 0
+
+
+def test_doctor_takes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, code in ((["doctor", "--help"], 0), (["doctor", "gpu"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            main(argv)
+        assert ended.value.code == code
+        assert "packages\n" not in capsys.readouterr().out
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from runs import ROWS, make_trainer, read_lines
 
 from fastgrpo import ConfigError
+from fastgrpo.errors import RunError
 from fastgrpo.state import CheckpointError
 
 _LORA: dict[str, Any] = {"use_peft": True, "lora_r": 2}
@@ -129,10 +130,26 @@ class TestPlaces:
         with pytest.raises(ConfigError, match=r"output_dir='.*run' cannot be written: Read-only file system"):
             make_trainer(tiny_model_dir, tmp_path).train()
 
+    def test_a_disk_that_fills_up_is_named(
+        self, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("fastgrpo.recorder.write_completions", full)
+        with pytest.raises(RunError, match=r"output_dir='.*run': completions of step 1 could not be written: No space"):
+            make_trainer(tiny_model_dir, tmp_path).train()
+        monkeypatch.setattr("fastgrpo.tracking.MetricsWriter.write", full)
+        with pytest.raises(RunError, match=r"output_dir='.*run': metrics of step 1 could not be written: No space"):
+            make_trainer(tiny_model_dir, tmp_path, log_completions=False).train()
+
     def test_nothing_left_to_go_on_from(self, tiny_model_dir: Path, tmp_path: Path) -> None:
         make_trainer(tiny_model_dir, tmp_path, save_steps=0).train()
         (_checkpoint(tmp_path, 4) / "state.json").unlink()
-        with pytest.raises(CheckpointError, match=r"are damaged .* or begin anew: .* overwrite_output_dir=true"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"is damaged: .* begin anew: .* overwrite_output_dir=true",
+        ):
             make_trainer(tiny_model_dir, tmp_path).train()
         make_trainer(tiny_model_dir, tmp_path, overwrite_output_dir=True).train(resume="never")
         assert len(read_lines(tmp_path)) == 4

@@ -280,7 +280,7 @@ def test_a_missing_column_says_which(run):
     def fn(completions, solution):
         return [0.0] * len(completions)
 
-    with pytest.raises(AllRewardsFailed, match=r"fn: exception TypeError: .*'solution'"):
+    with pytest.raises(AllRewardsFailed, match=r"fn: .*'solution' \(the data set's columns: answer"):
         run(RewardFunction("fn", fn)).score(make_rollouts())
 
 

@@ -215,19 +215,17 @@ def _read_options(argv: list[str], command: str, own: Iterable[str] = ()) -> dic
 def _explain(error: Exception, argv: list[str], in_file: dict[str, Any]) -> ConfigError:
     """The parser's error as one that names the option, the value as it was given, and what was expected."""
     if lacking := re.search(r"argument --(\w+): expected one argument", str(error)):
-        return ConfigError(f"--{lacking[1]} needs a value: {describe(_hint(lacking[1]))}")
+        name = lacking[1]
+        expected = "auto, never or a checkpoint's path" if name == "resume" else describe(hint_of(name))
+        return ConfigError(f"--{name} needs a value: {expected}")
     if wrong := re.search(r'Parser key "(\w+)', str(error)):
         name = wrong[1]
         given = [value for word, value in pairwise(argv) if word == f"--{name}"]
         given += [word.partition("=")[2] for word in argv if word.startswith(f"--{name}=")]
         if given or name in in_file:
             return wrong_type(name, given[-1] if given else in_file[name])
-        return ConfigError(f"{name} must be {describe(_hint(name))}")
+        return ConfigError(f"{name} must be {describe(hint_of(name))}")
     return ConfigError(_one_line(error) + ("; CONFIG.yaml comes first" if "unrecognized" in str(error) else ""))
-
-
-def _hint(name: str) -> Any:
-    return str if name == "resume" else hint_of(name)
 
 
 def _lists(argv: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ Nothing here loads torch: a wrong option is reported before anything heavy start
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Self, get_type_hints
@@ -76,9 +77,11 @@ class GRPOConfig(
 
     def __new__(cls, *_: Any, **options: Any) -> Self:
         """Refuse unknown options before Python does, which would not say what is near."""
-        known = [option.name for option in fields(cls)]
+        parameters = inspect.signature(cls.__init__).parameters  # a subclass may take others
+        known = list(parameters)[1:]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for name in options:
-            if name not in known:
+            if name not in known and not takes_any:
                 raise ConfigError(f"unknown option {name!r}{nearest(name, known)}")
         return super().__new__(cls)
 

@@ -66,7 +66,7 @@ class Recorder:
     def line(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line of metrics everywhere."""
         self._last_line = time.perf_counter()
-        with self._writing("metrics", step):
+        with self._writing(f"metrics of step {step}"):
             self._metrics.write(step, metrics)
             self._tracker.log(step, metrics)
         self._progress.update(step, metrics)
@@ -74,19 +74,19 @@ class Recorder:
     def completions(self, step: int, rollouts: list[Rollout]) -> None:
         """Keep the completions that step `step` is the first to train on."""
         if self._config.log_completions:
-            with self._writing("completions", step):
+            with self._writing(f"completions of step {step}"):
                 self._directory.completions.mkdir(exist_ok=True)
                 write_completions(self._directory.completions, step, rollouts)
 
     @contextmanager
-    def _writing(self, what: str, step: int) -> Iterator[None]:
+    def _writing(self, what: str) -> Iterator[None]:
         """A full disk is told with where it is; OSError alone often names no file."""
         try:
             yield
         except OSError as error:
             reason = error.strerror or str(error)
             raise RunError(
-                f"output_dir={str(self._directory.path)!r}: {what} of step {step} could not be written: {reason}"
+                f"output_dir={str(self._directory.path)!r}: {what} could not be written: {reason}"
             ) from error
 
     def message(self, text: str) -> None:
@@ -101,9 +101,10 @@ class Recorder:
         """Summary and report of a run that reached its end."""
         from fastgrpo.report import build_report
 
-        self._metrics.sync()
-        write_summary(self._directory.summary, summary)
-        report = build_report(self._directory.path)
+        with self._writing("summary and report"):
+            self._metrics.sync()
+            write_summary(self._directory.summary, summary)
+            report = build_report(self._directory.path)
         self.message(f"report: {report}")
 
     def close(self) -> None:

@@ -38,7 +38,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = (self.path / ".lock").open("w")
         except OSError as error:
-            raise ConfigError(f"output_dir={str(self.path)!r} cannot be written: {error.strerror}") from error
+            raise self._unwritable(error.strerror) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -89,7 +89,10 @@ class RunDirectory:
         if not reason and not os.access(there, os.W_OK | os.X_OK):
             reason = f"no permission to write in {str(there)!r}"
         if reason:
-            raise ConfigError(f"output_dir={str(self.path)!r} cannot be written: {reason}")
+            raise self._unwritable(reason)
+
+    def _unwritable(self, reason: str | None) -> ConfigError:
+        return ConfigError(f"output_dir={str(self.path)!r} cannot be written: {reason}")
 
     def check_origin(self, checkpoint: Path | None, options: dict[str, Any], *, allow_change: bool) -> str:
         """The decisive options that changed since the run that `checkpoint` is of, here or in another folder, in words.
@@ -115,8 +118,10 @@ class RunDirectory:
         self.lock()
         if afresh:
             self._remove_run()
-        self.path.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.config, yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+        try:
+            atomic_write(self.config, yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise self._unwritable(error.strerror) from error
 
     def cut_after(self, step: int) -> None:
         """Drop what was written after `step`: the run goes on from there and writes it again."""

@@ -123,7 +123,9 @@ class RewardRunner:
             scores[call.name], failures = _read(outcome, rollouts)
             for kind, detail in failures.items():
                 self._log_once(call.name, kind, detail, outcome.error)
-            reasons += [f"{call.name}: {kind}: {detail.splitlines()[0]}" for kind, detail in failures.items()]
+            reasons += [
+                f"{call.name}: {kind}: {detail.splitlines()[0].rstrip(':')}" for kind, detail in failures.items()
+            ]
             finished += [log] if outcome.error is None else []
         self._assign(rollouts, scores)
         if not all_may_fail:

@@ -98,6 +98,7 @@ def test_wrong_commands(argv: list[str], message: str, capsys: pytest.CaptureFix
         ({}, ["--reward_weights", "a"], "error: reward_weights='a' must be a list of numbers or null"),
         ({"fused_layers": "perhaps"}, [], "error: fused_layers='perhaps' must be true or false or null"),
         ({}, ["--use_peft"], "error: --use_peft needs a value: true or false"),
+        ({}, ["--resume"], "error: --resume needs a value: auto, never or a checkpoint's path"),
         ({"report_to": "mlflow"}, [], "report_to=['mlflow'] must be a list of any of tensorboard, wandb, none"),
         ({"num_generations": 1}, [], "num_generations=1: a group needs 2 or more"),
         ({"reward_funcs": ["exact_mach"]}, [], "did you mean 'exact_match'?"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,16 @@ def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:
 
 def test_whole_numbers_are_floats_where_floats_are_meant() -> None:
     assert isinstance(GRPOConfig(learning_rate=1).learning_rate, float)
+
+
+def test_a_subclass_may_take_options_of_its_own() -> None:
+    class Mine(GRPOConfig):
+        def __init__(self, *, mine: int, **options: Any) -> None:
+            super().__init__(**options)
+            self.mine = mine
+
+    assert Mine(mine=3, seed=1).mine == 3
+    assert copy.deepcopy(GRPOConfig(seed=7)) == pickle.loads(pickle.dumps(GRPOConfig(seed=7)))
 
 
 def test_a_folder_may_be_a_path() -> None:

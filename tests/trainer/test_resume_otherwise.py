@@ -136,11 +136,18 @@ class TestPlaces:
         def full(*_: Any, **__: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
+        monkeypatch.setattr("fastgrpo.run_directory.atomic_write", full)
+        with pytest.raises(ConfigError, match=r"output_dir='.*run' cannot be written: No space"):
+            make_trainer(tiny_model_dir, tmp_path).train()
+        monkeypatch.undo()
         monkeypatch.setattr("fastgrpo.recorder.write_completions", full)
         with pytest.raises(RunError, match=r"output_dir='.*run': completions of step 1 could not be written: No space"):
             make_trainer(tiny_model_dir, tmp_path).train()
+        monkeypatch.setattr("fastgrpo.recorder.write_summary", full)
+        with pytest.raises(RunError, match=r"output_dir='.*run': summary and report could not be written: No space"):
+            make_trainer(tiny_model_dir, tmp_path, log_completions=False, max_steps=1).train()
         monkeypatch.setattr("fastgrpo.tracking.MetricsWriter.write", full)
-        with pytest.raises(RunError, match=r"output_dir='.*run': metrics of step 1 could not be written: No space"):
+        with pytest.raises(RunError, match=r"output_dir='.*run': metrics of step 2 could not be written: No space"):
             make_trainer(tiny_model_dir, tmp_path, log_completions=False).train()
 
     def test_nothing_left_to_go_on_from(self, tiny_model_dir: Path, tmp_path: Path) -> None:

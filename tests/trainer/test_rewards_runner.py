@@ -304,6 +304,11 @@ def test_one_valid_sample_is_enough(run):
     assert rewards[2] == 7.0
 
 
+def test_where_all_hung_stands_in_the_one_line(run, release):
+    with pytest.raises(AllRewardsFailed, match=r"hung: timeout: no result after 0.1 s; it is at .*:\d+, in wait\)$"):
+        run(RewardFunction("hung", lambda **_: release.wait(), timeout=0.1)).score(make_rollouts())
+
+
 # --- time-outs (how calls are given up is in test_rewards_calls.py) ---------------------------------------------------
 
 

@@ -199,6 +199,8 @@ def _read_options(argv: list[str], command: str, own: Iterable[str] = ()) -> dic
     for group in (TaskOptions, *GROUPS):
         parser.add_class_arguments(group)
     known = [a.dest for a in parser._actions if a.dest not in ("help", "config", "print_config")]
+    if argv and argv[0].startswith("--config"):  # taken for what it means
+        argv = argv[1:] if argv[0] == "--config" else [argv[0].removeprefix("--config="), *argv[1:]]
     if argv and not argv[0].startswith("-"):
         in_file = _read_file(argv[0], known)
         sys.path.insert(0, str(Path(argv[0]).resolve().parent))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 import time
@@ -19,6 +20,8 @@ from fastgrpo.records import Rollout, RolloutBatch
 from fastgrpo.run_directory import RunDirectory
 from fastgrpo.state import pack_rollouts, save_tensors
 from fastgrpo.tracking import MetricsWriter, Progress, Tracker, write_summary
+
+logger = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -108,10 +111,12 @@ class Recorder:
         self.message(f"report: {report}")
 
     def close(self) -> None:
-        """Close files, trackers and display."""
-        self._progress.close()
-        self._tracker.close()
-        self._metrics.close()
+        """Close files, trackers and display. A failure is only told: as an error it would hide what ended the run."""
+        for name, part in (("progress", self._progress), ("trackers", self._tracker), ("metrics", self._metrics)):
+            try:
+                part.close()
+            except OSError as error:
+                logger.warning("%s of %s may lack their end: %s", name, self._directory.path, error)
 
 
 def save_failed_step(folder: Path, step: int, rollouts: list[Rollout]) -> Path:

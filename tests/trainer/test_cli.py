@@ -153,6 +153,12 @@ def test_one_value_where_a_list_is_meant(tiny_model_dir: Path, tmp_path: Path) -
     )
 
 
+def test_the_config_may_be_called_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = _write(tmp_path, lerning_rate=1)
+    for argv in (["--config", config], [f"--config={config}"]):
+        assert "unknown option 'lerning_rate'" in _error(capsys, ["train", *argv])
+
+
 def test_the_config_comes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "CONFIG.yaml comes first" in _error(capsys, ["train", "--seed", "1", _write(tmp_path)])
 

@@ -150,6 +150,20 @@ class TestPlaces:
         with pytest.raises(RunError, match=r"output_dir='.*run': metrics of step 2 could not be written: No space"):
             make_trainer(tiny_model_dir, tmp_path, log_completions=False).train()
 
+    def test_what_cannot_be_closed_hides_nothing(
+        self, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("fastgrpo.recorder.write_completions", full)
+        monkeypatch.setattr("fastgrpo.tracking.Tracker.close", full)
+        with pytest.raises(RunError, match="completions of step 1 could not be written"):
+            make_trainer(tiny_model_dir, tmp_path).train()
+        assert "trackers of" in caplog.text
+        monkeypatch.undo()
+        assert make_trainer(tiny_model_dir, tmp_path).train().step == 4  # the folder was left to others
+
     def test_nothing_left_to_go_on_from(self, tiny_model_dir: Path, tmp_path: Path) -> None:
         make_trainer(tiny_model_dir, tmp_path, save_steps=0).train()
         (_checkpoint(tmp_path, 4) / "state.json").unlink()

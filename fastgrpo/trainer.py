@@ -252,9 +252,8 @@ class GRPOTrainer:
 
     def _evaluate(self) -> dict[str, float]:
         self.engine.wake()
-        metrics, _ = evaluate(
-            self.eval_prompts, self.engine, self.rewards, self.config, self._trainer_state(), self.ranks
-        )
+        state = self._trainer_state()
+        metrics, _ = evaluate(self.eval_prompts, self.engine, self.rewards, self.config, state, self.ranks)
         self.engine.sleep()
         return metrics
 
@@ -286,7 +285,9 @@ class GRPOTrainer:
         """Everything between the call of `train` and the first step. Returns whether there is anything left to do."""
         config = self.config
         options = self.task.options() | config.to_dict()
-        afresh, checkpoint = self.ranks.from_first("output_dir", lambda: self.directory.look(options, resume, config))
+        afresh, checkpoint, changed = self.ranks.from_first(
+            "output_dir", lambda: self.directory.look(options, resume, config)
+        )
         if checkpoint is None:
             self._begin_anew()
         elif self._finished(checkpoint):
@@ -324,7 +325,7 @@ class GRPOTrainer:
         if not self.ranks.first:
             self.recorder = SilentRecorder(config, self.policy.device)
         if checkpoint is not None:
-            self.recorder.message(f"going on from {checkpoint}")
+            self.recorder.message(f"going on from {checkpoint}{changed}")
         for note in (self._engine_choice, *self.updater.notes()):
             self.recorder.message(note)
         self._mark_boundary()

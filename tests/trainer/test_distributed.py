@@ -257,14 +257,23 @@ class TestFaults:
 
     def test_rewards_that_fail_in_one_process(self, runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
         config = _config(
-            tmp_path, tiny_model_dir, reward_funcs=["distributed_run:digits_or_nothing"], eval_dataset=None
+            tmp_path,
+            tiny_model_dir,
+            reward_funcs=["distributed_run:digits_or_nothing"],
+            eval_dataset=None,
+            eval_steps=0,
         )
         runs.train(config)
         assert {line["rewards/digits_or_nothing/failed"] for line in _lines(tmp_path)} == {12.0}  # 3 of 5 prompts
 
     def test_all_rewards_fail(self, runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
         config = _config(
-            tmp_path, tiny_model_dir, reward_funcs=["distributed_run:nothing"], eval_dataset=None, save_steps=0
+            tmp_path,
+            tiny_model_dir,
+            reward_funcs=["distributed_run:nothing"],
+            eval_dataset=None,
+            eval_steps=0,
+            save_steps=0,
         )
         codes, outputs = runs.run(tmp_path, config=str(config))
         assert codes == [2, 2]

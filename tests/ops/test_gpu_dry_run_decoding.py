@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastgrpo_kernels as fk
+from fastgrpo_kernels.shared_prefix_attention import kernel as merge_kernel
 
 from .gpu_dry_run import install
 from .test_gpu_dry_run import BF16, FP16, FP32, floats, run_clean
@@ -81,6 +82,18 @@ ROWS = (1, 3, 512, 1000)
 def run_all(call: Callable[[int], Any], kernel: str) -> None:
     for rows, capturing in product(ROWS, (False, True)):
         assert run_clean(lambda: call(rows), capturing=capturing).names == [kernel]  # noqa: B023
+    assert run_clean(lambda: call(0)).names == []
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(("heads", "size"), [(14, 64), (12, 128), (8, 256), (1, 80)])
+def test_merge_parts(heads: int, size: int, dtype: torch.dtype) -> None:
+    def call(rows: int) -> None:
+        out, lse = floats(rows + 24, heads, size, dtype=dtype), floats(heads, rows + 24)
+        merge_kernel.merge_parts(out[24:], lse[:, 24:], floats(rows, heads, size, dtype=dtype), floats(heads, rows))
+
+    for rows in (1, 2, 333, 4096):
+        assert run_clean(lambda: call(rows)).names == ["merge_parts_kernel"]  # noqa: B023
     assert run_clean(lambda: call(0)).names == []
 
 

@@ -167,6 +167,9 @@ def header(device: torch.device, timer: str, rates: Rates | None) -> dict[str, A
 
 
 def _version(package: str) -> str | None:
+    """Of torch the build that is loaded: a CUDA build's package may not say that it is one."""
+    if package == "torch":
+        return str(torch.__version__)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

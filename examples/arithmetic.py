@@ -71,10 +71,6 @@ def eval_dataset() -> Dataset:
     return _as_rows(_HELD_OUT)
 
 
-def _prompt(a: int, b: int) -> str:
-    return f"{a:02d}+{b:02d}="
-
-
 def _as_rows(problems: list[tuple[int, int]]) -> Dataset:
     return Dataset.from_list([{"prompt": _prompt(a, b), "answer": _answer(a + b)} for a, b in problems])
 

@@ -96,7 +96,12 @@ class CheckpointStore:
             else:
                 return path
         if found:
-            raise CheckpointError(f"all {len(found)} checkpoints in {self.folder} are damaged: the run cannot go on")
+            many = f"all {len(found)} checkpoints in {self.folder} are"
+            damaged = many if len(found) > 1 else f"checkpoint {found[0][1]} is"
+            raise CheckpointError(
+                f"{damaged} damaged: the run cannot go on. Put one back, or begin anew: in another output_dir, or here "
+                "with resume=never and overwrite_output_dir=true"
+            )
         return None
 
     @staticmethod
@@ -194,19 +199,24 @@ class CheckpointStore:
         return f"the last checkpoint, {path.name}, is intact" if path else "there is no earlier checkpoint"
 
 
-def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
+def find_checkpoint(run_dir: Path, resume: Any) -> Path | None:
     """What a run goes on from: the newest intact one of `run_dir` for "auto", none for "never", or the path given.
 
-    Raises ConfigError for a run directory in place of a checkpoint, CheckpointError for a damaged one.
+    Raises ConfigError for what is no path of a checkpoint, CheckpointError for one that is not there or damaged.
     """
     if resume == "never":
         return None
     if resume == "auto":
         return CheckpointStore(run_dir).latest()
-    if (Path(resume) / "checkpoints").is_dir():
-        raise ConfigError(f"resume={resume!r} is a run directory: name one of its checkpoints, or use auto")
-    CheckpointStore.verify(resume)
-    return Path(resume)
+    if not isinstance(resume, str | os.PathLike):
+        raise ConfigError(f"resume={resume!r} must be auto, never or a checkpoint's path")
+    path = Path(resume)
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint {path} does not exist: resume is auto, never or a checkpoint's path")
+    if (path / "checkpoints").is_dir():
+        raise ConfigError(f"resume={str(path)!r} is a run directory: name one of its checkpoints, or use auto")
+    CheckpointStore.verify(path)
+    return path
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:

@@ -7,15 +7,18 @@ Options are read and checked before torch is imported. Every expected error is o
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.config import ConfigError, GRPOConfig, RunConfig, nearest
-from fastgrpo.errors import RunError
+from fastgrpo.config import ConfigError, GRPOConfig, RunConfig, hint_of, nearest, wrong_type
+from fastgrpo.errors import OtherProcessFailed, RunError
+from fastgrpo.option_types import describe
 from fastgrpo.options import GROUPS, TaskOptions
 
 _LISTS = ("reward_funcs", "report_to", "stop_token_ids", "stop_strings", "reward_weights")
@@ -69,7 +72,7 @@ def guarded(command: Callable[[], int]) -> int:
         hint = "" if isinstance(error, (ConfigError, RunError)) else " (FASTGRPO_TRACEBACK=1 shows where)"
         rank = os.environ.get("RANK", "0")
         whose = "" if rank == "0" else f"process {rank}: "
-        if not whose or not isinstance(error, ConfigError):  # options are the same in all processes
+        if not whose or not _told_by_first(error):
             print(f"fastgrpo: error: {whose}{' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 2
 
@@ -113,6 +116,8 @@ def _report(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if not options.run_dir.is_dir():
         raise ConfigError(f"no such run directory: {options.run_dir}")
+    if not any((options.run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl", "summary.json")):
+        raise ConfigError(f"{options.run_dir} holds no run: there is neither a config.yaml nor a metrics.jsonl")
     from fastgrpo.report import build_report, reward_curve_svg
 
     print(build_report(options.run_dir))
@@ -148,6 +153,11 @@ def _bench(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
+    import argparse
+
+    argparse.ArgumentParser(
+        prog="fastgrpo doctor", description="Say what this machine offers, and what each missing package would bring."
+    ).parse_args(argv)
     from fastgrpo.doctor import describe_machine
 
     print(describe_machine())
@@ -177,7 +187,9 @@ def _read_command(argv: list[str], command: str) -> tuple[RunConfig, str]:
 def _read_options(argv: list[str], command: str, own: Iterable[str] = ()) -> dict[str, Any]:
     """Every option's value. own: flags of the command itself, for a misspelt one's nearest."""
     import jsonargparse
+    import yaml
 
+    in_file: dict[str, Any] = {}
     parser = jsonargparse.ArgumentParser(
         prog=f"fastgrpo {command}",
         usage=f"fastgrpo {command} CONFIG.yaml [--option value ...]",
@@ -195,18 +207,35 @@ def _read_options(argv: list[str], command: str, own: Iterable[str] = ()) -> dic
     for group in (TaskOptions, *GROUPS):
         parser.add_class_arguments(group)
     known = [a.dest for a in parser._actions if a.dest not in ("help", "config", "print_config")]
+    if argv and argv[0].startswith("--config"):  # taken for what it means
+        argv = argv[1:] if argv[0] == "--config" else [argv[0].removeprefix("--config="), *argv[1:]]
     if argv and not argv[0].startswith("-"):
-        contents = _read_file(argv[0], known)
+        in_file = _read_file(argv[0], known)
         sys.path.insert(0, str(Path(argv[0]).resolve().parent))
-        argv = ["--config", contents, *argv[1:]]
+        argv = ["--config", yaml.safe_dump(in_file), *argv[1:]]
     _check_spelling(argv, known, [word.removeprefix("--") for word in own])
     try:
         options = parser.parse_args(_lists(argv)).as_dict()
     except jsonargparse.ArgumentError as error:
-        hint = "; CONFIG.yaml comes first" if "unrecognized" in str(error) else ""
-        raise ConfigError(_one_line(error) + hint) from error
+        raise _explain(error, argv, in_file) from error
     options.pop("config")
     return dict(options)
+
+
+def _explain(error: Exception, argv: list[str], in_file: dict[str, Any]) -> ConfigError:
+    """The parser's error as one that names the option, the value as it was given, and what was expected."""
+    if lacking := re.search(r"argument --(\w+): expected one argument", str(error)):
+        name = lacking[1]
+        expected = "auto, never or a checkpoint's path" if name == "resume" else describe(hint_of(name))
+        return ConfigError(f"--{name} needs a value: {expected}")
+    if wrong := re.search(r'Parser key "(\w+)', str(error)):
+        name = wrong[1]
+        given = [value for word, value in pairwise(argv) if word == f"--{name}"]
+        given += [word.partition("=")[2] for word in argv if word.startswith(f"--{name}=")]
+        if given or name in in_file:
+            return wrong_type(name, given[-1] if given else in_file[name])
+        return ConfigError(f"{name} must be {describe(hint_of(name))}")
+    return ConfigError(_one_line(error) + ("; CONFIG.yaml comes first" if "unrecognized" in str(error) else ""))
 
 
 def _lists(argv: list[str]) -> list[str]:
@@ -218,24 +247,28 @@ def _lists(argv: list[str]) -> list[str]:
     return given
 
 
-def _read_file(path: str, known: list[str]) -> str:
-    """The config file as YAML text, its names checked and single values in place of lists made lists."""
+def _read_file(path: str, known: list[str]) -> dict[str, Any]:
+    """What the config file holds, its names checked and single values in place of lists made lists."""
     import yaml
 
     try:
-        contents = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        contents, written = yaml.safe_load(text), yaml.compose(text)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {_one_line(error)}") from error
     if not isinstance(contents, dict):
         raise ConfigError(f"{path} must hold options as 'name: value' lines")
+    names = [key.value for key, _ in getattr(written, "value", [])]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ConfigError(f"{path}: {twice[0]} is given twice")
     for name, value in contents.items():
         if name not in known:
             raise ConfigError(f"{path}: unknown option {name!r}{nearest(str(name), known)}")
         if name in _LISTS and value is not None and not isinstance(value, list):
             contents[name] = [value]
-    return yaml.safe_dump(contents)
+    return contents
 
 
 def _check_spelling(argv: list[str], known: list[str], own: list[str]) -> None:
@@ -248,6 +281,11 @@ def _check_spelling(argv: list[str], known: list[str], own: list[str]) -> None:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).replace("Parser key", "option").split())
+
+
+def _told_by_first(error: Exception) -> bool:
+    """Of several processes: options are the same in all, and where another one failed it has said so itself."""
+    return isinstance(error, (ConfigError, OtherProcessFailed))
 
 
 def _expected(error: Exception) -> bool:

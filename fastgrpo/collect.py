@@ -91,7 +91,7 @@ class Collector:
         started = time.perf_counter()
         prompts, state.prompts_drawn = self.source.draw(state.prompts_drawn, count)
         self.ranks.same("prompts, by train_dataset or its order", digest(prompts))
-        begin, share = self.ranks.share(prompts)
+        begin, share = self.ranks.share(prompts, by_first=self.config.rollouts_by_first)
 
         def stage() -> tuple[list[Rollout], RewardReport, float]:
             if self._ahead is None:
@@ -116,7 +116,7 @@ class Collector:
             return rollouts, parts[0][1]
         return rollouts, merged([report for _, report, _ in parts], [len(part) for part, _, _ in parts])
 
-    def _sampling(self, batch: int, attempt: int, first_group: int = 0) -> Sampling:
+    def _sampling(self, batch: int, attempt: int, first_group: int) -> Sampling:
         config = self.config
         return Sampling(
             max_tokens=config.max_completion_length,
@@ -150,8 +150,9 @@ class Collector:
         Nothing of it enters `state`: a run that goes on from a checkpoint samples the batch anew.
         """
         prompts, _ = self.source.draw(state.prompts_drawn, self.config.num_prompts_per_step)
-        sampling = self._sampling(state.batches_done + 1, 1)
-        self._ahead = self._threads.submit(self._generate, prompts, sampling, trainer_state)
+        begin, share = self.ranks.share(prompts, by_first=self.config.rollouts_by_first)
+        sampling = self._sampling(state.batches_done + 1, 1, begin)
+        self._ahead = self._threads.submit(self._generate, share, sampling, trainer_state)
 
 
 def batch_metrics(rollouts: list[Rollout]) -> dict[str, float]:

@@ -6,11 +6,13 @@ Nothing here loads torch: a wrong option is reported before anything heavy start
 from __future__ import annotations
 
 import difflib
-import math
+import inspect
+import os
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Self, get_type_hints
 
 from fastgrpo.algorithms import ALGORITHMS, Algorithm
+from fastgrpo.option_types import choices, describe, matches
 from fastgrpo.options import (
     AdvantageOptions,
     DataOptions,
@@ -50,6 +52,7 @@ _NOT_NEGATIVE = (
     *("weight_decay", "max_grad_norm", "eval_steps", "save_steps", "top_k", "kl_coef", "critic_learning_rate"),
 )
 _SHARES = ("min_p", "lora_dropout", "ref_model_mixup_alpha", "min_lr_ratio", "adam_beta1", "adam_beta2", "gamma", "lam")
+_ADAPTERS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 _CRITIC = ("lam", "critic_model", "critic_learning_rate", "cliprange_value")
 
 
@@ -71,6 +74,16 @@ class GRPOConfig(
     RunOptions,
 ):
     """All options of a run; see `fastgrpo.options` for each. Raises `ConfigError` on construction when one is wrong."""
+
+    def __new__(cls, *_: Any, **options: Any) -> Self:
+        """Refuse unknown options before Python does, which would not say what is near."""
+        parameters = inspect.signature(cls.__init__).parameters  # a subclass may take others
+        known = list(parameters)[1:]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        for name in options:
+            if name not in known and not takes_any:
+                raise ConfigError(f"unknown option {name!r}{nearest(name, known)}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self.validate()
@@ -104,9 +117,12 @@ class GRPOConfig(
                 setattr(self, name, value)
             elif name in algorithm.decides and given != value:
                 raise ConfigError(f"{name}={given!r} contradicts algorithm={self.algorithm}, where it is {value!r}")
-        changed = [f.name for f in fields(self) if f.name in _CRITIC and getattr(self, f.name) != f.default]
-        if changed and not algorithm.critic:
-            raise ConfigError(f"{changed[0]} is for a critic, and algorithm={self.algorithm} has none")
+        if not algorithm.critic and (changed := self._first_changed(_CRITIC)):
+            raise ConfigError(f"{changed} is for a critic, and algorithm={self.algorithm} has none")
+
+    def _first_changed(self, names: tuple[str, ...]) -> str | None:
+        """The first of these options that is not its default."""
+        return next((f.name for f in fields(self) if f.name in names and getattr(self, f.name) != f.default), None)
 
     def _check_combinations(self) -> None:
         if self.advantage_baseline == "batch" and self.samples_per_batch < 2:
@@ -124,6 +140,8 @@ class GRPOConfig(
             raise ConfigError(
                 f"gradient_checkpointing_every={self.gradient_checkpointing_every} needs gradient_checkpointing=true"
             )
+        if not self.use_peft and (name := self._first_changed(_ADAPTERS)):
+            raise ConfigError(f"{name} is for adapters, and there are none: set use_peft=true")
         if self.fused_layers and self.torch_compile:
             raise ConfigError("fused_layers=true and torch_compile=true: choose one of them")
         self._check_engine()
@@ -193,6 +211,11 @@ class GRPOConfig(
         return self._algorithm.critic
 
     @property
+    def rollouts_by_first(self) -> bool:
+        """Of several processes, does the first ask for all samples and score them? Servers are one's alone."""
+        return self.rollout_engine == "vllm_server"
+
+    @property
     def needs_reference(self) -> bool:
         """Is the policy compared with a reference model, in the loss or in the reward?"""
         return self.beta > 0 or bool(self.kl_coef)
@@ -253,37 +276,27 @@ def _require(config: GRPOConfig, name: str, test: Any, expected: str) -> None:
         raise ConfigError(f"{name}={value!r} must be {expected}")
 
 
-_HINTS: dict[type, dict[str, Any]] = {}
+_HINTS: dict[str, Any] = {}
+
+
+def hint_of(name: str) -> Any:
+    """The annotation of an option of a run."""
+    return _HINTS.get(name) or _HINTS.setdefault(name, get_type_hints(RunConfig)[name])
+
+
+def wrong_type(name: str, value: Any) -> ConfigError:
+    """The error for a value that does not fit the option's annotation; `value` as it was given."""
+    hint = hint_of(name)
+    near = nearest(value, choices(hint)) if isinstance(value, str) else ""
+    return ConfigError(f"{name}={value!r} must be {describe(hint, value)}{near}")
 
 
 def _check_type(config: GRPOConfig, name: str) -> None:
-    hints = _HINTS.get(type(config)) or _HINTS.setdefault(type(config), get_type_hints(type(config)))
-    value = getattr(config, name)
-    if not _matches(value, hints[name]):
-        text = getattr(hints[name], "__name__", None) if isinstance(hints[name], type) else None
-        raise ConfigError(f"{name}={value!r} must be of type {text or str(hints[name]).replace('typing.', '')}")
-    if isinstance(value, int) and not isinstance(value, bool) and hints[name] is float:
+    hint, value = hint_of(name), getattr(config, name)
+    if hint is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+        setattr(config, name, value)
+    if not matches(value, hint):
+        raise wrong_type(name, value)
+    if isinstance(value, int) and not isinstance(value, bool) and hint is float:
         setattr(config, name, float(value))
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    """Does a plain value fit the annotation? Covers what the options use: scalars, Literal, unions, list and dict."""
-    origin = getattr(hint, "__origin__", None)
-    args = get_args(hint)
-    if hint is Any:
-        return True
-    if hint is type(None) or hint is None:
-        return value is None
-    if origin is list:
-        return isinstance(value, list) and all(_matches(v, args[0]) for v in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_matches(k, args[0]) and _matches(v, args[1]) for k, v in value.items())
-    if args and not isinstance(hint, type) and all(isinstance(a, str) for a in args):
-        return isinstance(value, str) and value in args
-    if args:
-        return any(_matches(value, a) for a in args)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)

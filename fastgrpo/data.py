@@ -36,7 +36,7 @@ class PromptSource:
     """The prompts of a data set, made when asked for, and the order in which a run draws them.
 
     rows:              what `load_rows` returns; `len(source)` counts all of them.
-    max_prompt_length: longest prompt in tokens.
+    max_prompt_length: longest prompt in tokens. limit: what messages call it, where it is not the option's own value.
     vocab_size:        rows of the model's embedding; a token id beyond it is a ValueError.
     system_prompt:     put before every prompt as a system message; makes the prompt a chat.
     prompt_template:   `str.format` template over the row's columns that replaces a plain-text prompt.
@@ -56,6 +56,7 @@ class PromptSource:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_prompt_length: int,
+        limit: str | None = None,
         vocab_size: int,
         system_prompt: str | None = None,
         prompt_template: str | None = None,
@@ -76,6 +77,7 @@ class PromptSource:
         self._rows = rows
         self._tokenizer = tokenizer
         self._max_prompt_length = max_prompt_length
+        self._limit = limit or f"max_prompt_length={max_prompt_length}"
         self._vocab_size = vocab_size
         self._system_prompt = system_prompt
         self._prompt_template = prompt_template
@@ -111,10 +113,7 @@ class PromptSource:
         content = self._content(row, index)
         token_ids = self._tokenize(content, index)
         if len(token_ids) > self._max_prompt_length:
-            raise PromptTooLong(
-                f"row {index}: the prompt has {len(token_ids)} tokens, more than max_prompt_length="
-                f"{self._max_prompt_length}"
-            )
+            raise PromptTooLong(f"row {index}: the prompt has {len(token_ids)} tokens, more than {self._limit}")
         if max(token_ids) >= self._vocab_size:
             raise ValueError(
                 f"row {index}: token id {max(token_ids)} is outside the model's vocabulary of {self._vocab_size}: "
@@ -190,7 +189,7 @@ class PromptSource:
         return prompt
 
     def _nothing_usable(self) -> ValueError:
-        return ValueError(f"all {len(self)} prompts are longer than max_prompt_length={self._max_prompt_length}")
+        return ValueError(f"all {len(self)} prompts are longer than {self._limit}")
 
     def _content(self, row: dict[str, Any], index: int) -> str | list[Message]:
         """What the user wrote, in the row's form."""

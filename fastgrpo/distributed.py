@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastgrpo.errors import RunError
+from fastgrpo.errors import OtherProcessFailed, RunError
 from fastgrpo.signals import StopRequested
 
 T = TypeVar("T")
@@ -32,10 +32,6 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=2)
 _BUCKET = 64 << 20  # numbers of one sum over the processes: 256 MB in fp32
 _RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-class OtherProcessFailed(RunError):
-    """Another process of the run raised; it says what, this one ends with it."""
 
 
 @dataclass
@@ -115,9 +111,15 @@ class Ranks:
         """Is this the process that writes, and speaks to the user?"""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> tuple[int, list[T]]:
-        """This process's part of a list: where it begins, and the items. In the order of the processes, all of it."""
-        begin, end = (len(items) * r // self.size for r in (self.rank, self.rank + 1))
+    def share(self, items: Sequence[T], *, by_first: bool = False) -> tuple[int, list[T]]:
+        """This process's part of a list: where it begins, and the items. In the order of the processes, all of it.
+
+        by_first: the first process has it all, the others nothing.
+        """
+        sizes = (
+            (0, self.size) if by_first and self.first else (self.size,) * 2 if by_first else (self.rank, self.rank + 1)
+        )
+        begin, end = (len(items) * r // self.size for r in sizes)
         return begin, list(items[begin:end])
 
     # ----------------------------------------------------------------------------------------- values, on the host
@@ -139,7 +141,7 @@ class Ranks:
     def together(self, what: str, stage: Callable[[], T], *, cuttable: bool = False) -> list[T]:
         """Run `stage` in every process; what it gave in each. Raised by one, raised by all: nobody waits for ever.
 
-        The one that failed raises its own exception, the others OtherProcessFailed, or StopRequested where a signal
+        The first that failed raises its own exception, the others OtherProcessFailed, or StopRequested where a signal
         stopped it. cuttable: signals may stop it anywhere. No collective may be inside.
         """
         if self.alone:
@@ -157,7 +159,7 @@ class Ranks:
         if failed:
             rank, signum, text = failed[0]
             others = OtherProcessFailed(f"process {rank} failed: {text}") if signum is None else StopRequested(signum)
-            self.known = own or others
+            self.known = own if own is not None and rank == self.rank else others
             raise self.known
         return [value for value, _ in outcomes]
 

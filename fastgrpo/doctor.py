@@ -8,6 +8,8 @@ import platform
 import sys
 from importlib.util import find_spec
 
+from fastgrpo.wording import counted
+
 # Optional package -> (what it brings, how to get it).
 _OPTIONAL = {
     "peft": ("LoRA adapters (use_peft)", "pip install 'fastgrpo[peft]'"),
@@ -21,7 +23,7 @@ _REQUIRED = ("torch", "triton", "transformers", "datasets", "jsonargparse", "saf
 
 def describe_machine() -> str:
     """A few lines for people."""
-    lines = [f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPU cores"]
+    lines = [f"python {platform.python_version()} on {platform.platform()}, {counted(os.cpu_count() or 1, 'CPU core')}"]
     lines += ["", "packages"]
     lines += [f"  {name:<14}{_version(name) or 'MISSING: reinstall fastgrpo'}" for name in _REQUIRED]
     for name, (brings, command) in _OPTIONAL.items():
@@ -39,9 +41,10 @@ def _version(name: str) -> str | None:
 def _devices() -> list[str]:
     import torch
 
+    threads = counted(torch.get_num_threads(), "thread")
     lines = [
         "devices",
-        f"  cpu           {torch.get_num_threads()} threads, {sys.byteorder} endian, dtype float32 by default",
+        f"  cpu           {threads}, {sys.byteorder} endian, dtype float32 by default",
     ]
     if not torch.cuda.is_available():
         return [*lines, "  gpu           none found: everything runs on the CPU, for small models only"]

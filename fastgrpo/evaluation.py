@@ -29,7 +29,7 @@ def evaluate(
     """
     ranks = ranks or Ranks()
     ranks.same("prompts, by eval_dataset or its order", digest(prompts))
-    begin, share = ranks.share(prompts)
+    begin, share = ranks.share(prompts, by_first=config.rollouts_by_first)
     sampling = Sampling(
         max_tokens=config.eval_max_completion_length or config.max_completion_length,
         temperature=config.eval_temperature or config.temperature,

@@ -119,7 +119,7 @@ class Optimizer:
         """Clip to the limit, given the gradient's `norm`, and apply; a non-finite norm changes nothing: False."""
         applied = math.isfinite(norm)
         if applied:
-            if self._max_norm > 0:
+            if 0 < self._max_norm < norm + 1e-6:  # else clipping would multiply by 1: two passes for nothing
                 own = [master for _, master in self._own]
                 torch.nn.utils.clip_grads_with_norm_(own, self._max_norm, torch.tensor(norm))
             for group in self.torch_optimizer.param_groups:

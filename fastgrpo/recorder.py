@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,13 @@ import torch
 
 from fastgrpo.completions import write_completions
 from fastgrpo.config import GRPOConfig
+from fastgrpo.errors import RunError
 from fastgrpo.records import Rollout, RolloutBatch
 from fastgrpo.run_directory import RunDirectory
 from fastgrpo.state import pack_rollouts, save_tensors
 from fastgrpo.tracking import MetricsWriter, Progress, Tracker, write_summary
+
+logger = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -63,15 +69,28 @@ class Recorder:
     def line(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line of metrics everywhere."""
         self._last_line = time.perf_counter()
-        self._metrics.write(step, metrics)
-        self._tracker.log(step, metrics)
+        with self._writing(f"metrics of step {step}"):
+            self._metrics.write(step, metrics)
+            self._tracker.log(step, metrics)
         self._progress.update(step, metrics)
 
     def completions(self, step: int, rollouts: list[Rollout]) -> None:
         """Keep the completions that step `step` is the first to train on."""
         if self._config.log_completions:
-            self._directory.completions.mkdir(exist_ok=True)
-            write_completions(self._directory.completions, step, rollouts)
+            with self._writing(f"completions of step {step}"):
+                self._directory.completions.mkdir(exist_ok=True)
+                write_completions(self._directory.completions, step, rollouts)
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """A full disk is told with where it is; OSError alone often names no file."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise RunError(
+                f"output_dir={str(self._directory.path)!r}: {what} could not be written: {reason}"
+            ) from error
 
     def message(self, text: str) -> None:
         """Tell the user, above the progress display."""
@@ -85,16 +104,19 @@ class Recorder:
         """Summary and report of a run that reached its end."""
         from fastgrpo.report import build_report
 
-        self._metrics.sync()
-        write_summary(self._directory.summary, summary)
-        report = build_report(self._directory.path)
+        with self._writing("summary and report"):
+            self._metrics.sync()
+            write_summary(self._directory.summary, summary)
+            report = build_report(self._directory.path)
         self.message(f"report: {report}")
 
     def close(self) -> None:
-        """Close files, trackers and display."""
-        self._progress.close()
-        self._tracker.close()
-        self._metrics.close()
+        """Close files, trackers and display. A failure is only told: as an error it would hide what ended the run."""
+        for name, part in (("progress", self._progress), ("trackers", self._tracker), ("metrics", self._metrics)):
+            try:
+                part.close()
+            except OSError as error:
+                logger.warning("%s of %s may lack their end: %s", name, self._directory.path, error)
 
 
 class SilentRecorder(Recorder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 from pathlib import Path
 from typing import IO, Any
@@ -38,8 +39,11 @@ class RunDirectory:
         """Keep other processes out until `release`. Raises ConfigError when one is at work here."""
         if self._lock is not None:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = (self.path / ".lock").open("w")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise self._unwritable(error.strerror) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -53,10 +57,11 @@ class RunDirectory:
             self._lock.close()
             self._lock = None
 
-    def look(self, options: dict[str, Any], resume: str, config: GRPOConfig) -> tuple[bool, Path | None]:
-        """Must an old run be removed, and if not, which checkpoint is gone on from? Changes nothing.
+    def look(self, options: dict[str, Any], resume: str, config: GRPOConfig) -> tuple[bool, Path | None, str]:
+        """Must an old run be removed, and if not, which checkpoint is gone on from, and with which other options?
 
-        Raises ConfigError as `check` and `find_checkpoint` do, and while another process is at work here.
+        Changes nothing. Raises ConfigError as `check`, `find_checkpoint` and `check_origin` do, and while another
+        process is at work here.
         """
         if self.path.is_dir():
             self.lock()
@@ -68,7 +73,8 @@ class RunDirectory:
         )
         if afresh and resume not in ("auto", "never"):
             raise ConfigError(f"overwrite_output_dir would remove the run that resume={resume!r} is to go on from")
-        return afresh, None if afresh else find_checkpoint(self.path, resume)
+        checkpoint = None if afresh else find_checkpoint(self.path, resume)
+        return afresh, checkpoint, self.check_origin(checkpoint, options, allow_change=config.allow_config_change)
 
     def same(self, options: dict[str, Any], ranks: Ranks) -> None:
         """Raises ConfigError, in all processes, where one has another folder, named by the time, or other options."""
@@ -86,6 +92,7 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output_dir={str(self.path)!r} is a file")
+        self._check_place()
         if not self._begun():
             return False
         if not self.config.exists():
@@ -102,11 +109,39 @@ class RunDirectory:
             )
         if changes and not allow_change:
             raise ConfigError(
-                f"output_dir={str(self.path)!r} holds another run ({'; '.join(changes[:3])}"
-                f"{'; ...' if len(changes) > 3 else ''}): choose another folder, replace it with "
-                "overwrite_output_dir=true, or go on with the new options with allow_config_change=true"
+                f"output_dir={str(self.path)!r} holds another run ({_some(changes)}): choose another folder, "
+                "replace it with overwrite_output_dir=true, or go on with the new options with allow_config_change=true"
             )
         return False
+
+    def _check_place(self) -> None:
+        """Can the folder be made, or written where it is there? Asked before a model is loaded for it."""
+        there = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        reason = "" if there.is_dir() else f"{str(there)!r} is a file"
+        if not reason and not os.access(there, os.W_OK | os.X_OK):
+            reason = f"no permission to write in {str(there)!r}"
+        if reason:
+            raise self._unwritable(reason)
+
+    def _unwritable(self, reason: str | None) -> ConfigError:
+        return ConfigError(f"output_dir={str(self.path)!r} cannot be written: {reason}")
+
+    def check_origin(self, checkpoint: Path | None, options: dict[str, Any], *, allow_change: bool) -> str:
+        """The decisive options that changed since the run that `checkpoint` is of, here or in another folder, in words.
+
+        Raises ConfigError when there are any, unless `allow_change`. Where the checkpoint stands alone, without its
+        run's config.yaml, nothing is known of it.
+        """
+        run = RunDirectory(checkpoint.absolute().parents[1]) if checkpoint else self
+        if checkpoint is None or not run.config.is_file():
+            return ""
+        changes = decisive_changes(run._read_config(), options)
+        if changes and not allow_change:
+            raise ConfigError(
+                f"checkpoint {checkpoint} is of a run with other options ({_some(changes)}): go on with the new ones "
+                "with allow_config_change=true"
+            )
+        return f" with other options: {'; '.join(changes)}" if changes else ""
 
     def claim(self, options: dict[str, Any], *, afresh: bool) -> None:
         """Make the folder this run's: remove an old run if `afresh`, and write config.yaml."""
@@ -115,8 +150,10 @@ class RunDirectory:
         self.lock()
         if afresh:
             self._remove_run()
-        self.path.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.config, yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+        try:
+            atomic_write(self.config, yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise self._unwritable(error.strerror) from error
 
     def cut_after(self, step: int) -> None:
         """Drop what was written after `step`: the run goes on from there and writes it again."""
@@ -150,3 +187,7 @@ class RunDirectory:
                 shutil.rmtree(target)
             else:
                 target.unlink(missing_ok=True)
+
+
+def _some(changes: list[str]) -> str:
+    return "; ".join([*changes[:3], *(["..."] if len(changes) > 3 else [])])

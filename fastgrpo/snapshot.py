@@ -11,6 +11,7 @@ state.json              counters, random generators, the rest of the above
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from fastgrpo.state import (
     unpack_rollouts,
 )
 from fastgrpo.update import Updater
+
+logger = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
 
@@ -113,6 +116,7 @@ def read_snapshot(folder: Path, *, updater: Updater, source: PromptSource) -> tu
         if not (folder / "reference.safetensors").is_file():
             raise CheckpointError(f"{folder} holds no reference model, but sync_ref_model moves one")
         updater.moving_reference.load_weights(load_tensors(folder / "reference.safetensors"))
+    _name_what_is_left_out(folder, updater)
     pending = None
     if "batch" in contents:
         was, use = contents["batch"].pop("use", None), updater.use
@@ -130,6 +134,13 @@ def read_snapshot(folder: Path, *, updater: Updater, source: PromptSource) -> tu
     if updater.ranks.rank < len(generators):
         set_rng_state(generators[updater.ranks.rank])
     return TrainState(**contents["state"]), pending
+
+
+def _name_what_is_left_out(folder: Path, updater: Updater) -> None:
+    if updater.critic is None and (folder / "critic.safetensors").is_file():
+        logger.warning("%s holds a critic; algorithm=%s has none: it is dropped", folder, updater.config.algorithm)
+    if updater.moving_reference is None and (folder / "reference.safetensors").is_file():
+        logger.warning("%s holds a reference model that has moved; without sync_ref_model it is dropped", folder)
 
 
 def _optimizers(updater: Updater) -> dict[str, Optimizer]:

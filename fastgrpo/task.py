@@ -49,7 +49,9 @@ class Task:
         return _rows(self.train_dataset, config.train_split, config)
 
     def eval_rows(self, config: GRPOConfig) -> Any | None:
-        """The evaluation data set, if there is one."""
+        """The evaluation data set, if there is one. ConfigError when `eval_steps` wants one in vain."""
+        if self.eval_dataset is None and config.eval_steps:
+            raise ConfigError(f"eval_steps={config.eval_steps} needs an eval_dataset: there is nothing to evaluate on")
         return None if self.eval_dataset is None else _rows(self.eval_dataset, config.eval_split, config)
 
 
@@ -61,10 +63,12 @@ def make_prompts(rows: Any, policy: Policy, config: GRPOConfig, completion_lengt
             f"max_completion_length={completion_length} leaves no room for a prompt in the model's context of "
             f"{policy.context_length} tokens"
         )
+    left = f"the {room} that max_completion_length={completion_length} leaves of the model's context"
     return PromptSource(
         rows,
         policy.tokenizer,
         max_prompt_length=min(config.max_prompt_length or room, room),
+        limit=left if (config.max_prompt_length or room + 1) > room else None,
         vocab_size=policy.vocab_size,
         system_prompt=config.system_prompt,
         prompt_template=config.prompt_template,

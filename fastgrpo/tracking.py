@@ -20,9 +20,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from fastgrpo.charts import number
 from fastgrpo.files import replacing
+from fastgrpo.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
+
+logger = logging.getLogger(__name__)
 
 
 def plain(value: Any) -> Any:
@@ -80,13 +83,17 @@ class MetricsWriter:
         path = Path(path)
         if not path.exists():
             return 0
-        dropped = 0
+        dropped = damaged = 0
         with replacing(path) as temporary, path.open("rb") as old, temporary.open("wb") as new:
             for line in old:
-                if _line_step(line) <= step:
+                at = _line_step(line)
+                if at <= step:
                     new.write(line)
                 else:
                     dropped += 1
+                    damaged += at == math.inf and line.endswith(b"\n")
+        if damaged:  # a kill tears the last line only
+            logger.warning("%s: %s could not be read and left out", path, counted(damaged, "line"))
         return dropped
 
 

@@ -152,7 +152,7 @@ class GRPOTrainer:
         """Sample and score the evaluation prompts with the weights as they are; returns the metrics `eval/...`."""
         if self.task.eval_dataset is None:
             raise ConfigError("eval_dataset is required for an evaluation")
-        self._load(self.task.model, train=False)
+        self._load_everywhere(self.task.model, train=False)
         return self._evaluate()
 
     def _interruptible(self) -> AbstractContextManager[None]:
@@ -253,9 +253,8 @@ class GRPOTrainer:
 
     def _evaluate(self) -> dict[str, float]:
         self.engine.wake()
-        metrics, _ = evaluate(
-            self.eval_prompts, self.engine, self.rewards, self.config, self._trainer_state(), self.ranks
-        )
+        state = self._trainer_state()
+        metrics, _ = evaluate(self.eval_prompts, self.engine, self.rewards, self.config, state, self.ranks)
         self.engine.sleep()
         return metrics
 
@@ -288,12 +287,14 @@ class GRPOTrainer:
         config = self.config
         options = self.task.options() | config.to_dict()
         self.directory.same(options, self.ranks)
-        afresh, checkpoint = self.ranks.from_first("output_dir", lambda: self.directory.look(options, resume, config))
+        look = lambda: self.directory.look(options, resume, config)  # noqa: E731
+        afresh, checkpoint, changed = self.ranks.from_first("output_dir", look)
         if checkpoint is None:
             self._begin_anew()
         elif self._finished(checkpoint):
             return False
-        self._load(self._where_to_load(checkpoint), train=True)
+        self._load_everywhere(self._where_to_load(checkpoint), train=True)
+        self.ranks.same("numbers of rows in train_dataset", len(self.source))
         self.ranks.from_first("claim", lambda: self.directory.claim(options, afresh=afresh))
         self.optimizer = Optimizer(self.policy.trainable(), config, self.ranks)
         if config.needs_reference and self.reference is None:
@@ -324,9 +325,8 @@ class GRPOTrainer:
         )
         if not self.ranks.first:
             self.recorder = SilentRecorder(config, self.policy.device)
-        if checkpoint is not None:
-            self.recorder.message(f"going on from {checkpoint}")
-        for note in (self._engine_choice, *self.updater.notes()):
+        going_on = [] if checkpoint is None else [f"going on from {checkpoint}{changed}"]
+        for note in (*going_on, self._engine_choice, *self.updater.notes()):
             self.recorder.message(note)
         self._mark_boundary()
         return True
@@ -356,14 +356,16 @@ class GRPOTrainer:
         self._loaded = self._loaded and not self._trained
 
     def _where_to_load(self, checkpoint: Path | None) -> Any:
-        """The checkpoint's own model folder where that is enough.
-
-        A reference or base model needs the initial one, and a factory may do more than load weights.
-        """
+        """The checkpoint's model folder; a reference or base model needs the initial one, a factory may do more."""
         model = self.task.model
         enough = not self.config.needs_reference and not self.config.use_peft and self.task.peft_config is None
         plain = isinstance(model, str) and not is_factory(model)
         return str(checkpoint / MODEL_FOLDER) if checkpoint and enough and plain else model
+
+    def _load_everywhere(self, model: Any, *, train: bool) -> None:
+        """In all processes, with the first one's weights: a factory may not give the same ones everywhere."""
+        self.ranks.together("data, model and engine", lambda: self._load(model, train=train))
+        self.ranks.make_alike(self.policy)
 
     def _load(self, model: Any, *, train: bool) -> None:
         """Data first, it is the cheapest to find fault with; then the model, once, the prompts and the engine."""
@@ -375,11 +377,9 @@ class GRPOTrainer:
         if not self._loaded:
             seed_generators(self.config.seed)
             self.policy = load_policy(model, self.task.processing_class, config, self.task.peft_config)
-            self.ranks.make_alike(self.policy)
             self._loaded = True
         if train_rows is not None:
             self.source = make_prompts(train_rows, self.policy, config, config.max_completion_length)
-            self.ranks.same("numbers of rows in train_dataset", len(self.source))
         if eval_rows is not None:
             longest = config.eval_max_completion_length or config.max_completion_length
             held_out = make_prompts(eval_rows, self.policy, config, longest)
@@ -387,7 +387,7 @@ class GRPOTrainer:
         if wrong := [t for t in config.stop_token_ids if not 0 <= t < self.policy.vocab_size]:
             raise ConfigError(f"stop_token_ids={wrong} are outside the vocabulary of {self.policy.vocab_size}")
         if not hasattr(self, "engine"):  # it may take a minute and half of the GPU: one serves both data sets
-            self.engine, self._engine_choice = make_engine(config, self.policy, self.ranks.size)
+            self.engine, self._engine_choice = make_engine(config, self.policy, self.ranks.rank, self.ranks.size)
 
     # ------------------------------------------------------------------------------------------------- small matters
 

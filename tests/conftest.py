@@ -1,6 +1,10 @@
-"""For every test: `--fuzz`, and tests that need a GPU are skipped, not passed, where there is none."""
+"""For every test: no network, `--fuzz`, and tests that need a GPU are skipped, not passed, where there is none."""
 
 from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported; later a missing name costs 40 seconds
 
 import pytest
 

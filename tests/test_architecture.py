@@ -14,7 +14,9 @@ _KERNELS = _ROOT / "kernels" / "fastgrpo_kernels"
 # Stages meet in records.py and never import one another; what leads a batch through them may import them all.
 _STAGES = {"advantages", "data", "evaluation", "loss", "optim", "packing", "policy", "rewards", "rollout"}
 _CONDUCTORS = {"trainer", "collect", "update", "evaluation", "snapshot", "task"}
-_SHARED = {"records", "config", "options", "errors", "importing", "seeding", "layers", "products", "distributed"}
+_SHARED = {"records", "config", "options", "errors", "importing", "seeding", "layers", "products", "wording"} | {
+    "distributed"
+}
 # A stage spread over several modules.
 _PARTS = {"data": {"rows"}}
 _TRANSFORMERS = {"rollout", "policy", "data", "integrations", "rewards.model"}
@@ -59,7 +61,7 @@ def test_only_some_rooms_import_transformers() -> None:
 
 def test_config_and_options_need_no_torch() -> None:
     algorithms = [name for name in _modules() if _room(name) == "algorithms"]
-    for name in ("config", "options", "errors", "cli", "seeding", *algorithms):
+    for name in ("config", "options", "option_types", "wording", "errors", "cli", "seeding", *algorithms):
         tree = ast.parse(_modules()[name].read_text())
         top = {n.names[0].name for n in tree.body if isinstance(n, ast.Import)}
         top |= {n.module or "" for n in tree.body if isinstance(n, ast.ImportFrom)}

@@ -60,7 +60,7 @@ H200 = Machine(
     decoding=0.7,  # assumed: reads of scattered keys and values, 64 tokens a step
     attention=(330e12, 250e12),  # assumed: FlashAttention-2 on Hopper, as published for long causal sequences
     masked=130e12,  # assumed: torch's memory-efficient attention, all queries with all keys
-    merge=30,  # counted in `merge_`, which is PyTorch: two casts, lerp, a copy
+    merge=6,  # both outputs read, one written; 30 in PyTorch's operators
     epilogue=10,  # counted: 1,300 instructions for 128 logits a thread, in sm_90's code of 256 x 128 tiles
 )
 

@@ -120,7 +120,7 @@ def attention(machine: Machine, heads: int, size: int, layout: PackedLayout) -> 
         bounds = zip(ranges.cu_query.diff().tolist(), ranges.cu_key.diff().tolist(), strict=True)
         shared, numbers = sum(cross_pairs(q, k) for q, k in bounds), ranges.num_queries * heads * size
         forward += flash(machine, shared, heads, size, backward=False)
-        forward += stream(machine, machine.merge * numbers, machine.eager, kernels=9)
+        forward += stream(machine, machine.merge * numbers, machine.passes, kernels=1)
         backward += flash(machine, shared, heads, size, backward=True)
         backward += stream(machine, (BACKWARD_BYTES + MERGE_GRADIENTS) * numbers, machine.eager, kernels=7)
     return forward, backward

@@ -62,8 +62,6 @@ def _update() -> Iterator[Candidate]:
         refuted = "FlashAttention-3 less than 1.2 x as fast as torch's kernels on `attention`'s rows"
         faster = tuple(1.5 * rate for rate in H200.attention)
         yield _changed("FlashAttention-3, where it is installed", case, step, refuted, attention=faster)
-        refuted = "merge kernels below 10 % of attention's time in a trace"
-        yield _changed("merge the two attention calls in one kernel", case, step, refuted, merge=6)
     s, few = shape_of(_SMALL), PackedLayout([128], [[112] * 8])
     parts = predict_update.micro_batch(H200, s, few, "fused", 0.0)
     case, refuted = f"micro-batch of 1k tokens, {_SMALL}", "no idle device in a trace of 1k tokens"

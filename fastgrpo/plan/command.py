@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgrpo.config import ConfigError, GRPOConfig, nearest
 from fastgrpo.gpus import GPUS, Device, gpu_of
+from fastgrpo.wording import counted
 
 if TYPE_CHECKING:
     from fastgrpo.plan.fitting import Planning
@@ -142,11 +143,12 @@ def _show(model: str, plan: Plan, planning: Planning) -> None:
     console.print(f"{model}: {given['parameters']:,} parameters, {trains}, {given['dtype']}", markup=False)
     if given["processes"] > 1:
         console.print(f"{given['processes']} processes, a GPU each; what follows is of one of them", markup=False)
+    prompts, group = counted(given["prompts"], "prompt"), counted(given["group"], "completion")
     console.print(
-        f"{plan.device.name}, {_gb(plan.device.memory)} GB; {given['prompts']} prompts of {given['prompt_tokens']} "
-        f"tokens, {given['group']} completions each, of up to {given['longest_completion']}, "
+        f"{plan.device.name}, {_gb(plan.device.memory)} GB; {prompts} of {given['prompt_tokens']} tokens, "
+        f"{group} each, of up to {given['longest_completion']}, "
         f"{given['mean_completion']:g} on average\nmicro-batches of up to {given['microbatch_tokens']:,} tokens; "
-        f"{given['rollout_rows']} completions decoded at once by {given['engine']}\n",
+        f"{counted(given['rollout_rows'], 'completion')} decoded at once by {given['engine']}\n",
         markup=False,
     )
     console.print(_memory_table(plan))
@@ -204,7 +206,7 @@ def _time(plan: Plan, planning: Planning) -> list[str]:
     stages = ", ".join(f"{stage} {seconds:.3g}" for stage, seconds in plan.seconds.items())
     total = sum(plan.seconds.values())
     steps = planning.config.steps_per_batch
-    return [f"seconds of a rollout batch, {steps} optimizer step{'s' * (steps > 1)}: {stages}; together {total:.3g}"]
+    return [f"seconds of a rollout batch, {counted(steps, 'optimizer step')}: {stages}; together {total:.3g}"]
 
 
 def _yaml(value: Any) -> str:

@@ -64,7 +64,7 @@ def rollout_memory(
         asked, rows = rows, rows_within(bytes_for_slots(free), keys, rows, workload.group, *sizes)
         cache = slot_bytes(keys, rows, groups_at_once(rows, workload.group), *sizes)
         if rows < asked:
-            note = f"memory for keys and values is short: {rows} completions are decoded at once, not {asked}"
+            note = f"memory for keys and values is short: room for {rows} of the {asked} completions to decode at once"
         joining = workload.prompts
     else:
         cache = slab_bytes(keys, rows, workload)

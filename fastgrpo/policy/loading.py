@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ def load_skeleton(model: Any, config: GRPOConfig) -> Any:
         from transformers import AutoConfig
 
         options = {"trust_remote_code": config.trust_remote_code, "revision": config.model_revision or "main"}
+        while (base := _base_of(model)) is not None:
+            model = base
         _check_folder(model)
         try:
             model = skeleton_of(AutoConfig.from_pretrained(model, **options))
@@ -203,6 +206,8 @@ def _call_factory(path: str, seed: int) -> Any:
 def _from_pretrained(source: str, config: GRPOConfig, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
+    if (base := _base_of(source)) is not None:
+        return _with_merged(_from_pretrained(base, config, dtype), source)
     _check_folder(source)
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -215,9 +220,39 @@ def _from_pretrained(source: str, config: GRPOConfig, dtype: torch.dtype) -> Any
 def _check_folder(source: str) -> None:
     folder = Path(source).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"model={source!r} is a folder without a config.json: not a model")
+        near = [folder / "model", *sorted(folder.glob("checkpoints/step-*/model"), reverse=True)]
+        hint = next((f"; did you mean {str(path)!r}?" for path in near if path.is_dir()), "")
+        raise ValueError(f"model={source!r} is a folder without a config.json: not a model{hint}")
     if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise ValueError(f"model={source!r}: no such folder")
+
+
+def _base_of(source: str) -> str | None:
+    """Of a folder that holds adapters in place of a model, such as a LoRA run's checkpoints: their base model."""
+    description = Path(source).expanduser() / "adapter_config.json"
+    if not description.is_file() or (description.parent / "config.json").is_file():
+        return None
+    try:
+        base = json.loads(description.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"model={source!r} cannot be loaded: {description.name}: {_first_line(error)}") from error
+    if not base:
+        raise ValueError(f"model={source!r} holds adapters that do not name their base model: it was made in memory")
+    return str(base)
+
+
+def _with_merged(model: Any, adapters: str) -> Any:
+    """The model with the adapters of a folder in its weights; they, and what is trained on top, are one model."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError("use_peft needs the extra: pip install 'fastgrpo[peft]'") from error
+    try:
+        merged = PeftModel.from_pretrained(model, adapters).merge_and_unload().requires_grad_(True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"model={adapters!r} cannot be loaded: {_first_line(error)}") from error
+    merged.name_or_path = merged.config.name_or_path = adapters  # new adapters must not take the bare model for theirs
+    return merged
 
 
 def _load_tokenizer(source: Any, model: Any, config: GRPOConfig) -> Any:

@@ -149,12 +149,24 @@ class Policy:
     def load(self, folder: Path) -> None:
         """Take the weights `save` wrote, bit for bit. Raises ValueError when they do not fit this model."""
         if self.is_peft:
-            from peft import load_peft_weights, set_peft_model_state_dict
+            from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
-            result: Any = set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device="cpu"))
+            if not (folder / "adapter_config.json").is_file():
+                raise ValueError(f"{folder} holds a whole model, this run trains adapters (use_peft)")
+            weights = load_peft_weights(str(folder), device="cpu")
+            mine = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+            if wrong := [n for n in weights.keys() & mine.keys() if weights[n].shape != mine[n].shape]:
+                name = min(wrong)
+                raise ValueError(
+                    f"{folder} holds adapters of other shapes than this run's: {name} is "
+                    f"{list(weights[name].shape)} there, {list(mine[name].shape)} here"
+                )
+            result: Any = set_peft_model_state_dict(self.model, weights)
             if result.unexpected_keys:
                 raise ValueError(f"{folder} holds other adapters than this run's: {result.unexpected_keys[:3]}")
             return
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{folder} holds adapters (use_peft), this run trains the whole model")
         saved = type(self.causal_lm).from_pretrained(folder, dtype=self.dtype).state_dict()
         own = self.causal_lm.state_dict()
         shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (own, saved)]

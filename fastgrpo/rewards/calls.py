@@ -235,7 +235,11 @@ class _DaemonExecutor(ThreadPoolExecutor):
 
 def _where(thread: threading.Thread) -> str:
     frame = sys._current_frames().get(thread.ident or 0)
-    return "" if frame is None else "; it is at:\n" + "".join(traceback.format_stack(frame)[-8:]).rstrip()
+    if frame is None:
+        return ""
+    stack = traceback.extract_stack(frame)[-8:]
+    place = f"{stack[-1].filename}:{stack[-1].lineno}, in {stack[-1].name}"
+    return f"; it is at {place}:\n" + "".join(traceback.format_list(stack)).rstrip()
 
 
 def cuda_device() -> int | None:

@@ -112,7 +112,7 @@ def _build(
 
         return Path(target).resolve().name, _call(RewardModel, {"model": target, **options}, target)
     near = difflib.get_close_matches(target, BUILTINS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"built-in are {', '.join(BUILTINS)};"
+    hint = f"did you mean {near[0]!r}?" if near else f"built-in are {', '.join(BUILTINS)}."
     raise ValueError(
         f"there is no reward {target!r}; {hint} Your own is named 'package.module:function', "
         "a reward model by its hub name 'org/name' or an existing folder"
@@ -137,11 +137,12 @@ def _call(factory: Callable[..., Any], options: dict[str, Any], name: str) -> Ca
 
 def _check_options(fn: Callable[..., Any], options: dict[str, Any], name: str) -> None:
     parameters = inspect.signature(fn).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for option in options:
         if option not in parameters:
             near = difflib.get_close_matches(option, ["weight", "timeout", *parameters], n=1)
+            if takes_any and not difflib.get_close_matches(option, ["weight", "timeout"], cutoff=0.8):
+                continue
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{name} has no option {option!r}{hint}")
 

@@ -20,6 +20,7 @@ from typing import Any
 from fastgrpo.errors import RunError
 from fastgrpo.records import Rollout
 from fastgrpo.rewards.calls import Call, CallExecutor, CallTimeout, Outcome
+from fastgrpo.wording import counted
 
 logger = logging.getLogger("fastgrpo.rewards")
 
@@ -120,10 +121,12 @@ class RewardRunner:
         finished: list[_Log] = []
         reasons: list[str] = []
         for call, outcome, log in zip(calls, self._executor.run(calls), logs, strict=True):
-            scores[call.name], failures = _read(outcome, len(rollouts))
+            scores[call.name], failures = _read(outcome, rollouts)
             for kind, detail in failures.items():
                 self._log_once(call.name, kind, detail, outcome.error)
-            reasons += [f"{call.name}: {kind}: {detail.splitlines()[0]}" for kind, detail in failures.items()]
+            reasons += [
+                f"{call.name}: {kind}: {detail.splitlines()[0].rstrip(':')}" for kind, detail in failures.items()
+            ]
             finished += [log] if outcome.error is None else []
         self._assign(rollouts, scores)
         if not all_may_fail:
@@ -199,8 +202,9 @@ def _arguments(fn: Callable[..., Any], rollouts: Sequence[Rollout], trainer_stat
     return {name: value for name, value in arguments.items() if name in accepted}
 
 
-def _read(outcome: Outcome, num_samples: int) -> tuple[list[float], dict[str, str]]:
+def _read(outcome: Outcome, rollouts: Sequence[Rollout]) -> tuple[list[float], dict[str, str]]:
     """A call's outcome -> a float per sample, NaN for failed ones; and for each kind of failure a description."""
+    num_samples = len(rollouts)
     nothing = [math.nan] * num_samples
     error = outcome.error
     if isinstance(error, CallTimeout):
@@ -208,12 +212,16 @@ def _read(outcome: Outcome, num_samples: int) -> tuple[list[float], dict[str, st
     if error is not None:
         # math_verify words it differently and chains the original.
         hint = _SIGNAL_HINT if "signal" in str(error) and "thread" in str(error) else ""
+        if isinstance(error, TypeError) and "required positional argument" in str(error):
+            columns = dict.fromkeys(name for rollout in rollouts for name in rollout.prompt.columns)
+            hint = f" (the data set's columns: {', '.join(columns) or 'none'} beside the prompt)"
         return nothing, {f"exception {type(error).__name__}": f"{error}{hint}" or "(no message)"}
     values = outcome.value.tolist() if hasattr(outcome.value, "tolist") else outcome.value
     if not isinstance(values, (list, tuple)):
         return nothing, {"not a list": f"it returned {type(outcome.value).__name__}"}
     if len(values) != num_samples:
-        return nothing, {"wrong length": f"it returned {len(values)} values for {num_samples} completions"}
+        returned = f"it returned {counted(len(values), 'value')} for {counted(num_samples, 'completion')}"
+        return nothing, {"wrong length": returned}
     scores: list[float] = []
     failures: dict[str, str] = {}
     for i, value in enumerate(values):

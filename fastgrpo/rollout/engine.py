@@ -43,21 +43,52 @@ class Engine(Protocol):
         """Release everything."""
 
 
-def make_engine(config: GRPOConfig, policy: Any, processes: int = 1) -> tuple[Engine, str]:
+class NoEngine:
+    """That of a process whose samples are drawn by another: it counts, and generates nothing."""
+
+    def __init__(self) -> None:
+        self.version = 0
+
+    def generate(
+        self, prompts: list[Prompt], n: int, sampling: Sampling, done: Callable[[list[Rollout]], None] | None = None
+    ) -> list[Rollout]:
+        """Of no prompts, nothing."""
+        assert not prompts
+        return []
+
+    def sync(self, policy: Any) -> None:
+        """The one that generates takes the weights."""
+        self.version += 1
+
+    def sleep(self) -> None:
+        """It has no memory."""
+
+    def wake(self) -> None:
+        """As `sleep`."""
+
+    def close(self) -> None:
+        """As `sleep`."""
+
+
+def make_engine(config: GRPOConfig, policy: Any, rank: int = 0, processes: int = 1) -> tuple[Engine, str]:
     """The engine that `rollout_engine` names, and which it is and why, for people.
 
-    processes: of the run, each of which makes one of its own.
+    rank, processes: of the run. Each makes one of its own, but servers are the first one's.
 
     Raises ValueError, ImportError or RunError, in one line, for one that cannot be had.
     """
     name, reason = choose_engine(config.rollout_engine, policy.device.type, processes)
-    return _MAKERS[name](config, policy), f"rollouts by {name} ({reason})"
+    engine = NoEngine() if rank and config.rollouts_by_first else _MAKERS[name](config, policy)
+    return engine, f"rollouts by {name} ({reason})"
 
 
 def choose_engine(name: str, device_type: str, processes: int = 1) -> tuple[str, str]:
     """The engine for `rollout_engine` on a device, and why."""
-    if processes > 1 and name.startswith("vllm"):
-        raise ValueError(f"rollout_engine={name!r} is for runs of one process, this one has {processes}: take loop")
+    if processes > 1 and name == "vllm":
+        raise ValueError(
+            f"rollout_engine='vllm' is for runs of one process, this one has {processes}: take loop, or vllm_server on "
+            "GPUs of its own"
+        )
     if name in _MAKERS:
         return name, "as asked for"
     if name != "auto":

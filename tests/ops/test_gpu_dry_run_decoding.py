@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastgrpo_kernels as fk
+from fastgrpo_kernels.shared_prefix_attention import kernel as merge_kernel
 
 from .gpu_dry_run import install
 from .test_gpu_dry_run import BF16, FP16, FP32, floats, run_clean
@@ -84,9 +85,31 @@ def run_all(call: Callable[[int], Any], kernel: str) -> None:
     assert run_clean(lambda: call(0)).names == []
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(("heads", "size"), [(14, 64), (12, 128), (8, 256), (1, 80)])
+def test_merge_parts(heads: int, size: int, dtype: torch.dtype) -> None:
+    def call(rows: int) -> None:
+        out, lse = floats(rows + 24, heads, size, dtype=dtype), floats(heads, rows + 24)
+        merge_kernel.merge_parts(out[24:], lse[:, 24:], floats(rows, heads, size, dtype=dtype), floats(heads, rows))
+
+    for rows in (1, 2, 333, 4096):
+        assert run_clean(lambda: call(rows)).names == ["merge_parts_kernel"]  # noqa: B023
+    assert run_clean(lambda: call(0)).names == []
+
+
 def in_dtypes(sizes: Sequence[Any], fp32: Sequence[Any]) -> list[tuple[Any, torch.dtype]]:
     """All sizes in 16 bits; in fp32, in which models are trained on small GPUs if at all, those that are listed."""
     return [*product(sizes, (BF16, FP16)), *product(fp32, (FP32,))]
+
+
+ROTATED = pytest.mark.parametrize(
+    ("heads", "dtype"),
+    in_dtypes(
+        [(14, 2, 64, False), (12, 2, 128, False), (28, 4, 128, False), (32, 8, 128, False), (16, 8, 128, True)],
+        fp32=[(14, 2, 64, False), (32, 8, 128, False), (16, 8, 128, True)],
+    ),
+)
+"""Heads of the queries and of the keys, their size, and are they normed?"""
 
 
 @pytest.mark.parametrize(("size", "dtype"), in_dtypes([896, 1536, 3584, 4096, 8192, 16_384], fp32=[896, 4096, 16_384]))
@@ -99,13 +122,7 @@ def test_add_rms_norm(size: int, dtype: torch.dtype) -> None:
         run_all(partial(call, residual=residual), "add_rms_norm_kernel")
 
 
-@pytest.mark.parametrize(
-    ("heads", "dtype"),
-    in_dtypes(
-        [(14, 2, 64, False), (12, 2, 128, False), (28, 4, 128, False), (32, 8, 128, False), (16, 8, 128, True)],
-        fp32=[(14, 2, 64, False), (32, 8, 128, False), (16, 8, 128, True)],
-    ),
-)
+@ROTATED
 def test_rotate_heads(heads: tuple[int, int, int, bool], dtype: torch.dtype) -> None:
     queries, keys, size, norm = heads
 

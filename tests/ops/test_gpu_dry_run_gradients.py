@@ -14,7 +14,7 @@ import fastgrpo_kernels as fk
 
 from .gpu_dry_run import install
 from .test_gpu_dry_run import BF16, floats, run_clean
-from .test_gpu_dry_run_decoding import ROWS, in_dtypes
+from .test_gpu_dry_run_decoding import ROTATED, ROWS, in_dtypes
 
 pytestmark = pytest.mark.usefixtures("fake_gpu")
 
@@ -46,13 +46,7 @@ def test_add_rms_norm(size: int, dtype: torch.dtype) -> None:
         run_all(partial(call, residual=residual, frozen=frozen), "add_rms_norm_kernel", *back)
 
 
-@pytest.mark.parametrize(
-    ("heads", "dtype"),
-    in_dtypes(
-        [(14, 2, 64, False), (12, 2, 128, False), (28, 4, 128, False), (32, 8, 128, False), (16, 8, 128, True)],
-        fp32=[(14, 2, 64, False), (32, 8, 128, False), (16, 8, 128, True)],
-    ),
-)
+@ROTATED
 def test_rotate_heads(heads: tuple[int, int, int, bool], dtype: torch.dtype) -> None:
     queries, keys, size, norm = heads
 

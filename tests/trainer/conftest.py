@@ -1,4 +1,4 @@
-"""Set-up of all trainer tests: one thread (tiny models get slower with more), no network, a tiny model.
+"""Set-up of all trainer tests: one thread (tiny models get slower with more), a tiny model.
 
 Fixtures: `helpers` (the module helpers.py), `tiny_tokenizer`, `tiny_model_dir` (tied embeddings),
 `tiny_untied_model_dir`, `runs` (of several processes). The folders are shared by all tests: copy before you write.
@@ -7,14 +7,11 @@ Fixtures: `helpers` (the module helpers.py), `tiny_tokenizer`, `tiny_model_dir` 
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 
 import pytest
 import torch

@@ -74,8 +74,8 @@ class Early:
 
 def probe_values(folder: Path) -> None:
     """What `Ranks` does with values on the host."""
-    from fastgrpo.distributed import OtherProcessFailed, Ranks
-    from fastgrpo.errors import RunError
+    from fastgrpo.distributed import Ranks
+    from fastgrpo.errors import OtherProcessFailed, RunError
     from fastgrpo.signals import StopRequested
 
     ranks = Ranks.join()
@@ -155,7 +155,8 @@ def probe_tensors(folder: Path) -> None:
 
 def probe_end(folder: Path) -> None:
     """`leave` waits for all; and who waits for a process that is gone hears of it."""
-    from fastgrpo.distributed import OtherProcessFailed, Ranks
+    from fastgrpo.distributed import Ranks
+    from fastgrpo.errors import OtherProcessFailed
 
     ranks = Ranks.join()
     if ranks.first:
@@ -296,6 +297,17 @@ def _note_weights(folder: Path) -> None:
     GRPOTrainer._end = noted  # type: ignore[method-assign]
 
 
+def _serve_by_loop(rank: int) -> None:
+    """Servers' samples drawn by the loop engine, of the first process alone."""
+    from fastgrpo.rollout import engine
+
+    def make(config: Any, policy: Any) -> Any:
+        assert rank == 0
+        return engine._loop(config, policy)
+
+    engine._MAKERS["vllm_server"] = make
+
+
 def _disturb(what: str) -> None:
     """Faults of the second process alone."""
     from fastgrpo import packing
@@ -343,6 +355,8 @@ def work(request: dict[str, Any], rank: int) -> int:
         return 0
     _note_weights(folder)
     affected = rank == request.get("rank", 1)
+    if request.get("server"):
+        _serve_by_loop(rank)
     if affected and "fault" in request:
         _disturb(request["fault"])
     return killed_run.run(

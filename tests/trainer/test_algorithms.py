@@ -26,7 +26,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"algorithm": "dpo"}, "algorithm='dpo' must be of type Literal"),
+            ({"algorithm": "dpo"}, "algorithm='dpo' must be one of grpo, .*, did you mean '"),
             ({"algorithm": "rloo", "advantage_baseline": "mean"}, "baseline='mean' contradicts algorithm=rloo"),
             ({"algorithm": "rloo", "scale_rewards": "group"}, "scale_rewards='group' contradicts algorithm=rloo"),
             ({"algorithm": "reinforce", "advantage_baseline": "batch"}, "'batch' contradicts .*, where it is 'none'"),

@@ -78,6 +78,7 @@ def test_nothing_heavy_is_loaded_before_it_is_needed(tmp_path: Path) -> None:
         (["train", "--lerning_rate", "1"], "unknown option --lerning_rate, did you mean 'learning_rate'?"),
         (["train"], "model is required"),
         (["report", "missing"], "no such run directory: missing"),
+        (["report", str(_EXAMPLES)], "examples holds no run: there is neither a config.yaml nor a metrics.jsonl"),
     ],
 )
 def test_wrong_commands(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,15 +89,24 @@ def test_wrong_commands(argv: list[str], message: str, capsys: pytest.CaptureFix
     ("options", "extra", "message"),
     [
         ({"lerning_rate": 1}, [], "unknown option 'lerning_rate', did you mean 'learning_rate'?"),
-        ({"learning_rate": "fast"}, [], "learning_rate"),
-        ({}, ["--loss_type", "ppo"], "loss_type"),
-        ({}, ["--num_generations", "2.5"], "num_generations"),
+        ({"learning_rate": "fast"}, [], "error: learning_rate='fast' must be a number"),
+        ({}, ["--loss_type", "gppo"], "error: loss_type='gppo' must be one of grpo, bnpo, "),
+        ({}, ["--loss_type=gppo"], "did you mean 'grpo'?"),
+        ({}, ["--num_generations", "2.5"], "error: num_generations='2.5' must be a whole number"),
+        ({}, ["--gamma", "nan"], "error: gamma='nan' must be a finite number"),
+        ({}, ["--column_mapping", "question"], "column_mapping='question' must be a mapping of strings to strings"),
+        ({}, ["--reward_weights", "a"], "error: reward_weights='a' must be a list of numbers or null"),
+        ({"fused_layers": "perhaps"}, [], "error: fused_layers='perhaps' must be true or false or null"),
+        ({}, ["--use_peft"], "error: --use_peft needs a value: true or false"),
+        ({}, ["--resume"], "error: --resume needs a value: auto, never or a checkpoint's path"),
+        ({"report_to": "mlflow"}, [], "report_to=['mlflow'] must be a list of any of tensorboard, wandb, none"),
         ({"num_generations": 1}, [], "num_generations=1: a group needs 2 or more"),
         ({"reward_funcs": ["exact_mach"]}, [], "did you mean 'exact_match'?"),
         ({"reward_funcs": ["no_module:f"]}, [], "no_module"),
         ({"reward_funcs": None}, [], "reward_funcs is required"),
         ({"train_dataset": "/nowhere/rows.jsonl"}, [], "/nowhere/rows.jsonl"),
         ({"model": "/nowhere/model"}, [], "model='/nowhere/model': no such folder"),
+        ({"eval_steps": 20}, [], "eval_steps=20 needs an eval_dataset"),
         ({"rollout_engine": "warp"}, [], "rollout_engine"),
     ],
 )
@@ -143,6 +153,12 @@ def test_one_value_where_a_list_is_meant(tiny_model_dir: Path, tmp_path: Path) -
     )
 
 
+def test_the_config_may_be_called_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = _write(tmp_path, lerning_rate=1)
+    for argv in (["--config", config], [f"--config={config}"]):
+        assert "unknown option 'lerning_rate'" in _error(capsys, ["train", *argv])
+
+
 def test_the_config_comes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "CONFIG.yaml comes first" in _error(capsys, ["train", "--seed", "1", _write(tmp_path)])
 
@@ -158,6 +174,8 @@ def test_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text("a: [1\nb: }")
     assert "is not YAML" in _error(capsys, ["train", str(bad)])
+    bad.write_text("seed: 1\nmax_steps: 2\nseed: 3\n")
+    assert "bad.yaml: seed is given twice" in _error(capsys, ["train", str(bad)])
     bad.write_text("- just\n- a list\n")
     assert "must hold options" in _error(capsys, ["train", str(bad)])
 
@@ -200,6 +218,14 @@ def test_modules_beside_the_config_can_be_named(tiny_model_dir: Path, tmp_path: 
         tmp_path, model="my_task_7:model", train_dataset="my_task_7:rows", reward_funcs=["my_task_7:reward"], seed=11
     )
     assert main(["train", config]) == 0
+
+
+def test_doctor_takes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, code in ((["doctor", "--help"], 0), (["doctor", "gpu"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            main(argv)
+        assert ended.value.code == code
+        assert "packages\n" not in capsys.readouterr().out
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,6 +106,25 @@ def test_what_one_callback_wishes_all_do(runs: Runs, tiny_model_dir: Path, tmp_p
     assert (tmp_path / "run" / "checkpoints" / "step-00000003" / "manifest.json").exists()
 
 
+_SERVERS: dict[str, Any] = {"rollout_engine": "vllm_server", "vllm_server_urls": ["http://nowhere"]}
+
+
+def test_servers_are_the_first_processs(runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """It asks for all samples; the update is everybody's."""
+    runs.train(config_of(tmp_path / "one", tiny_model_dir, num_minibatches=2), 1)
+    config = config_of(tmp_path / "two", tiny_model_dir, num_minibatches=2, **_SERVERS)
+    codes, outputs = runs.run(tmp_path / "two", config=str(config), server=True)
+    assert codes == [0, 0], outputs
+    assert_alike(tmp_path / "one", tmp_path / "two")
+
+
+def test_rollouts_ahead(runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
+    options = {**_SERVERS, "async_rollouts": True, "sampling_correction": "token_truncate"}
+    codes, outputs = runs.run(tmp_path, config=str(config_of(tmp_path, tiny_model_dir, **options)), server=True)
+    assert codes == [0, 0], outputs
+    assert [line["step"] for line in lines(tmp_path)] == list(range(7))
+
+
 def test_more_processes_than_prompts(runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
     """One has nothing to sample, and its share of the work all the same."""
     options = {"num_prompts_per_step": 1, "num_generations": 8, "eval_max_prompts": 1}
@@ -119,14 +138,23 @@ class TestFaults:
 
     def test_rewards_that_fail_in_one_process(self, runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
         config = config_of(
-            tmp_path, tiny_model_dir, reward_funcs=["distributed_run:digits_or_nothing"], eval_dataset=None
+            tmp_path,
+            tiny_model_dir,
+            reward_funcs=["distributed_run:digits_or_nothing"],
+            eval_dataset=None,
+            eval_steps=0,
         )
         runs.train(config)
         assert {line["rewards/digits_or_nothing/failed"] for line in lines(tmp_path)} == {12.0}  # 3 of 5 prompts
 
     def test_all_rewards_fail(self, runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
         config = config_of(
-            tmp_path, tiny_model_dir, reward_funcs=["distributed_run:nothing"], eval_dataset=None, save_steps=0
+            tmp_path,
+            tiny_model_dir,
+            reward_funcs=["distributed_run:nothing"],
+            eval_dataset=None,
+            eval_steps=0,
+            save_steps=0,
         )
         codes, outputs = runs.run(tmp_path, config=str(config))
         assert codes == [2, 2]
@@ -136,8 +164,14 @@ class TestFaults:
     def test_an_engine_that_fails(self, runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
         codes, outputs = runs.run(tmp_path, config=str(config_of(tmp_path, tiny_model_dir)), fault="engine")
         assert codes == [2, 1]
-        assert "process 1 failed: ZeroDivisionError" in outputs[0]
+        assert "fastgrpo: error: process 1 failed: ZeroDivisionError" in outputs[0]
         assert "ZeroDivisionError" in outputs[1]
+
+    def test_one_of_them_speaks_where_all_fail(self, runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
+        codes, outputs = runs.run(tmp_path, config=str(config_of(tmp_path, tmp_path / "no-model")))
+        assert codes == [2, 2]
+        assert "no-model': no such folder" in outputs[0]
+        assert "error" not in outputs[1]
 
     def test_weights_that_change_in_one_process_are_set_right_by_the_next_step(
         self, runs: Runs, tiny_model_dir: Path, tmp_path: Path

@@ -195,6 +195,15 @@ def test_a_config_file_is_enough(model: str, tmp_path: Path, capsys: pytest.Capt
     assert "train, bfloat16" in capsys.readouterr().out
 
 
+def test_one_is_not_many(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--num_prompts_per_step", "1", "--num_generations", "1", "--algorithm", "reinforce"]
+    assert main(["plan", "--model", model, "--gpu", "l40s", "--max_completion_length", "64", *few]) == 0
+    text = capsys.readouterr().out
+    assert "1 prompt of 512 tokens, 1 completion each" in text
+    assert "1 completion decoded at once by" in text
+    assert "1 optimizer step:" in text
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -85,7 +85,7 @@ def test_machines_that_share_prompts_and_one_that_does_not(runs: Runs, tiny_mode
 
 
 def test_batches_cut_differently(runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
-    config = config_of(tmp_path, tiny_model_dir, eval_dataset=None, check_sampling=False)
+    config = config_of(tmp_path, tiny_model_dir, eval_dataset=None, eval_steps=0, check_sampling=False)
     codes, outputs = runs.run(tmp_path, config=str(config), fault="selection")
     assert codes == [2, 2], outputs
     assert "have cut the batch into different micro-batches" in outputs[0]

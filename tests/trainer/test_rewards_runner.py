@@ -280,7 +280,7 @@ def test_a_missing_column_says_which(run):
     def fn(completions, solution):
         return [0.0] * len(completions)
 
-    with pytest.raises(AllRewardsFailed, match=r"fn: exception TypeError: .*'solution'"):
+    with pytest.raises(AllRewardsFailed, match=r"fn: .*'solution' \(the data set's columns: answer"):
         run(RewardFunction("fn", fn)).score(make_rollouts())
 
 
@@ -302,6 +302,11 @@ def test_all_failed_names_every_function(run):
 def test_one_valid_sample_is_enough(run):
     rewards, _ = score(run(RewardFunction("fn", lambda **_: [None, None, 7.0, None])))
     assert rewards[2] == 7.0
+
+
+def test_where_all_hung_stands_in_the_one_line(run, release):
+    with pytest.raises(AllRewardsFailed, match=r"hung: timeout: no result after 0.1 s; it is at .*:\d+, in wait\)$"):
+        run(RewardFunction("hung", lambda **_: release.wait(), timeout=0.1)).score(make_rollouts())
 
 
 # --- time-outs (how calls are given up is in test_rewards_calls.py) ---------------------------------------------------

@@ -156,7 +156,7 @@ def test_gradient_checkpointing_and_adapters(tiny_model_dir: Path) -> None:
     for adapters in (False, True):
         gradients = []
         for checkpointing in (False, True):
-            config = GRPOConfig(gradient_checkpointing=checkpointing, use_peft=adapters, lora_r=2)
+            config = GRPOConfig(gradient_checkpointing=checkpointing, use_peft=adapters, lora_r=2 if adapters else 16)
             policy = load_policy(str(tiny_model_dir), None, config)
             assert policy.shares
             with policy.mode(training=True):

@@ -89,18 +89,25 @@ def test_what_is_no_scalar_is_refused_and_leaves_no_torn_line(tmp_path: Path) ->
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 2, "a": 1.0}\n'
 
 
-def test_truncate_after_cuts_what_is_torn_or_newer(tmp_path: Path) -> None:
+def test_truncate_after_cuts_what_is_torn_or_newer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
     whole = b'{"step": 1, "reward": 0.1}\n{"step": 2, "reward": 0.30000000000000004}\n'
     bad = b'{"step": 2, "rew\n\x00\x00\x00\n[1]\n{"reward": 1.0}\n\xff\xfe\n{"step": 3, "reward": 0.5}\n{"step": 2}'
     path.write_bytes(whole + bad)
     assert MetricsWriter.truncate_after(path, 2) == 7
     assert path.read_bytes() == whole
+    assert "metrics.jsonl: 5 lines could not be read and left out" in caplog.text
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
     writer = MetricsWriter(path)
     writer.write(3, {"reward": 1.0})
     writer.close()
     assert [strict(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_what_a_kill_leaves_is_cut_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert MetricsWriter.truncate_after(tmp_path / "metrics.jsonl", 1) == 2
+    assert not caplog.records
 
 
 def test_truncate_after_a_missing_file_and_step_zero(tmp_path: Path) -> None:

@@ -210,6 +210,19 @@ class TestSampling:
             make_trainer(
                 tiny_model_dir, tmp_path / "b", train_dataset=rows, max_prompt_length=20, long_prompts="error"
             ).train()
+        # The tiny model's context is 512; a limit that nobody set is not called by an option's name.
+        for name, options in (("c", {}), ("d", {"max_prompt_length": 100})):
+            with pytest.raises(
+                ValueError, match="more than the 12 that max_completion_length=500 leaves of the model's"
+            ):
+                make_trainer(
+                    tiny_model_dir,
+                    tmp_path / name,
+                    train_dataset=rows,
+                    max_completion_length=500,
+                    long_prompts="error",
+                    **options,
+                ).train()
 
     def test_completions_longer_than_the_context(self, tiny_model_dir: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="leaves no room for a prompt in the model's context of 512"):

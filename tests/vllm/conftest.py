@@ -6,9 +6,6 @@ The others (weights, the server engine against servers made up here) run everywh
 from __future__ import annotations
 
 import importlib.util
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 
 import pytest
 import torch

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import assert_same_run, make_trainer, read_lines
+import runs
+import yaml
+from runs import ROWS, assert_same_run, make_trainer, read_lines
 from transformers import TrainerCallback
 
 from fastgrpo.signals import StopRequested
@@ -59,3 +65,36 @@ def test_batches_sampled_ahead_by_a_server_are_one_step_old(model_folder: Path, 
     assert lines[-1]["sampling/sampling_logp_difference/max"] > 1e-3  # the policy has moved on
     assert all(line["grad_norm"] > 0 for line in lines)
     assert (tmp_path / "run" / "vllm").is_dir()
+
+
+def test_two_processes_and_a_server(model_folder: Path, tmp_path: Path) -> None:
+    """The first process has the server; both train on its samples."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    options = {
+        "model": str(model_folder),
+        "train_dataset": str(rows),
+        "reward_funcs": ["runs:digits"],
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 3,
+        "num_prompts_per_step": 4,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "max_prompt_length": 40,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "rollout_engine": "vllm_server",
+        "vllm_server_devices": [""],
+        "num_threads": 1,
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(options))
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fastgrpo", "train", str(config)]
+    path = os.pathsep.join(filter(None, [str(Path(runs.__file__).parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = read_lines(tmp_path)
+    assert all(line["sampling/sampling_logp_difference/max"] <= 1e-5 for line in lines)
+    assert all(line["grad_norm"] > 0 for line in lines)
+    assert [p.name for p in (tmp_path / "run" / "vllm").iterdir()] != []

@@ -6,6 +6,7 @@ the batch is idle. Not done here: refilling from waiting prompts.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,17 @@ class PlainRow:
     sample: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+
+
+def _cache_name(model: Any) -> str:
+    """What the forward calls its cache: `cache` since transformers 5.24, which warns of the name before."""
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in inspect.signature(causal_lm.forward).parameters else "past_key_values"
+
+
+def _cache_of(output: Any) -> Any:
+    cache = getattr(output, "cache", None)
+    return getattr(output, "past_key_values", None) if cache is None else cache
 
 
 @torch.no_grad()
@@ -118,11 +130,11 @@ class _Batch:
             input_ids=ids.to(device),
             attention_mask=mask,
             position_ids=(step - padding).clamp(min=0).to(device),
-            past_key_values=DynamicCache(config=model.config),
             use_cache=True,
             logits_to_keep=1,
+            **{_cache_name(model): DynamicCache(config=model.config)},
         )
-        cache = getattr(output, "past_key_values", None)
+        cache = _cache_of(output)
         if cache is None or not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
             raise ValueError(
                 f"the loop engine cannot decode {type(model).__name__}: what it keeps of a prompt is not only keys and "
@@ -150,9 +162,9 @@ class _Batch:
             input_ids=token[:, None],
             attention_mask=self.mask,
             position_ids=self.position[:, None],
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{_cache_name(model): self.cache},
         )
-        self.cache, self.logits = output.past_key_values, output.logits[:, -1]
+        self.cache, self.logits = _cache_of(output), output.logits[:, -1]
         self.position = self.position + 1

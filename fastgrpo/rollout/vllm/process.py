@@ -19,6 +19,13 @@ from fastgrpo.rollout.vllm.client import ServerClient
 _GRACE_SECONDS = 5.0
 
 
+# What torchrun tells each of several training processes: a server is no part of their group.
+_LAUNCHERS = frozenset(
+    {"RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"}
+    | {"WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"}
+)
+
+
 class ServerProcess:
     """One server process with all its children, in a process group of its own.
 
@@ -32,7 +39,8 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self._arguments = list(arguments)
-        self._environment = {**os.environ, **environment, "VLLM_SERVER_DEV_MODE": "1"}
+        inherited = {k: v for k, v in os.environ.items() if k not in _LAUNCHERS and not k.startswith("TORCHELASTIC_")}
+        self._environment = {**inherited, **environment, "VLLM_SERVER_DEV_MODE": "1"}
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._lock = threading.Lock()

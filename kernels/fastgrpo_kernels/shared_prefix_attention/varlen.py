@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..backend import use_triton
 from ..layout import AttentionRanges
 from .options import Options, Part, merge_
 
@@ -52,8 +53,17 @@ def forward(
     out, lse = kernels.forward(q, k, v, _own(ranges), options)
     if ranges.num_queries:
         queries, keys, shared = _shared(ranges)
-        merge_(out[queries], lse[:, queries], *kernels.forward(q[queries], k[keys], v[keys], shared, options))
+        _merge(out[queries], lse[:, queries], *kernels.forward(q[queries], k[keys], v[keys], shared, options))
     return out, lse
+
+
+def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    if use_triton(out):
+        from . import kernel
+
+        if kernel.takes(out, lse, other, other_lse):
+            return kernel.merge_parts(out, lse, other, other_lse)
+    return merge_(out, lse, other, other_lse)
 
 
 def backward(

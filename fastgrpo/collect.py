@@ -15,7 +15,7 @@ from fastgrpo.advantages import assign_advantages, group_signal
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data import PromptSource
 from fastgrpo.distributed import Ranks
-from fastgrpo.records import Prompt, Rollout, RolloutBatch, Sampling, TrainState
+from fastgrpo.records import Prompt, Rollout, RolloutBatch, Sampling, TrainState, digest
 from fastgrpo.rewards import (
     OverlappedScoring,
     RewardReport,
@@ -90,6 +90,7 @@ class Collector:
     ) -> tuple[list[Rollout], RewardReport]:
         started = time.perf_counter()
         prompts, state.prompts_drawn = self.source.draw(state.prompts_drawn, count)
+        self.ranks.same("prompts, by train_dataset or its order", digest(prompts))
         begin, share = self.ranks.share(prompts, by_first=self.config.rollouts_by_first)
 
         def stage() -> tuple[list[Rollout], RewardReport, float]:
@@ -111,7 +112,9 @@ class Collector:
         clock["perf/rollout_time"] += rollout_time
         clock["perf/reward_time"] += time.perf_counter() - started - rollout_time
         rollouts = [r for part, _, _ in parts for r in part]
-        return rollouts, parts[0][1] if self.ranks.alone else merged([report for _, report, _ in parts])
+        if self.ranks.alone:
+            return rollouts, parts[0][1]
+        return rollouts, merged([report for _, report, _ in parts], [len(part) for part, _, _ in parts])
 
     def _sampling(self, batch: int, attempt: int, first_group: int) -> Sampling:
         config = self.config

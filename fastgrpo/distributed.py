@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -30,6 +31,7 @@ T = TypeVar("T")
 # A process may wait as long as the slowest reward of another takes. One that dies ends the others by its launcher.
 _PATIENCE = timedelta(days=2)
 _BUCKET = 64 << 20  # numbers of one sum over the processes: 256 MB in fp32
+_RENDEZVOUS = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass
@@ -38,46 +40,65 @@ class Ranks:
 
     rank, size:    this one's number, and how many there are.
     group:         gloo's group of them, for what is on the CPU; None when alone.
+    devices:       the group for what is on their devices.
     interruptible: what `together` runs stages in that a signal may cut.
-    known:         the exception that `together` raised last: all processes have raised one there.
+    known:         the exception that `together` or `same` raised last: all processes have raised one there.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None
+    devices: Any = None
     interruptible: Callable[[], AbstractContextManager[None]] = field(default=nullcontext)
     known: BaseException | None = None
 
     @staticmethod
-    def join() -> Ranks:
+    def join(*, cpu: bool = False) -> Ranks:
         """Those that torchrun has started (its environment variables), or this process alone.
 
-        Each takes the GPU of its local number where there are GPUs. Raises RunError when they are fewer than processes.
+        Each takes the GPU of its local number where there are GPUs; or, where it sees one alone, that one.
+        cpu: they work on the CPU, though there be GPUs.
+        Raises RunError when two have the same GPU, are on several machines, or cannot find one another.
         """
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
-            return Ranks()
         import torch.distributed as dist
 
         if not dist.is_available():
+            if _size() == 1:
+                return Ranks()
             raise RunError("several processes need torch.distributed, which this torch was built without")
+        joined = dist.is_initialized()  # by the caller's script
+        size = dist.get_world_size() if joined else _size()
+        if size == 1:
+            return Ranks()
         if os.environ.get("LOCAL_WORLD_SIZE", str(size)) != str(size):
             raise RunError(f"{size} processes on several machines: a run is of one machine")
-        backend = "gloo"
-        if torch.cuda.is_available():
-            if torch.cuda.device_count() < size:
-                raise RunError(f"{size} processes for {torch.cuda.device_count()} GPUs: each needs one of its own")
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if not joined and (missing := [name for name in _RENDEZVOUS if not os.environ.get(name)]):
+            raise RunError(f"WORLD_SIZE={size} without {', '.join(missing)}: start with torchrun, or unset WORLD_SIZE")
+        backend, gpu = "gloo", None
+        if torch.cuda.is_available() and not cpu:
+            local = os.environ.get("LOCAL_RANK") or os.environ.get("RANK") or dist.get_rank()
+            torch.cuda.set_device(int(local) % torch.cuda.device_count())
+            gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
             backend = "cpu:gloo,cuda:nccl"
-        if not dist.is_initialized():
+        if not joined:
             dist.init_process_group(backend, timeout=_PATIENCE)
-        return Ranks(dist.get_rank(), size, dist.new_group(backend="gloo", timeout=_PATIENCE))
+        # Groups of our own: the script's may have another backend, and less patience.
+        groups = [dist.new_group(backend=name, timeout=_PATIENCE) for name in ("gloo", backend)]
+        ranks = Ranks(dist.get_rank(), size, *groups)
+        places = ranks.gather("places", (socket.gethostname(), gpu))
+        if "LOCAL_WORLD_SIZE" not in os.environ and len({host for host, _ in places}) > 1:
+            raise RunError(f"{size} processes on several machines: a run is of one machine")
+        if gpu is not None and len(set(places)) < size:
+            raise RunError(f"{size} processes for {len(set(places))} GPUs: each needs one of its own")
+        return ranks
 
     def leave(self) -> None:
-        """Part in peace: all have ended."""
+        """Part in peace: when all have ended. A launcher ends the others when one has left with an exit code."""
         if not self.alone:
             import torch.distributed as dist
 
+            with suppress(OtherProcessFailed):  # one that is gone has ended
+                self.gather("the end", None)
             dist.destroy_process_group()
 
     @property
@@ -114,7 +135,8 @@ class Ranks:
         """Raises RunError, in every process, where it is not the same in all."""
         values = self.gather(what, value)
         if any(other != values[0] for other in values):
-            raise RunError(f"the processes of this run have different {what}: {', '.join(map(str, values))}")
+            self.known = RunError(f"the processes of this run have different {what}: {', '.join(map(str, values))}")
+            raise self.known
 
     def together(self, what: str, stage: Callable[[], T], *, cuttable: bool = False) -> list[T]:
         """Run `stage` in every process; what it gave in each. Raised by one, raised by all: nobody waits for ever.
@@ -150,7 +172,10 @@ class Ranks:
         import torch.distributed as dist
 
         gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, (what, data), group=self.group)
+        try:
+            dist.all_gather_object(gathered, (what, data), group=self.group)
+        except RuntimeError as error:
+            raise OtherProcessFailed(f"another process has ended; this one waited for it at {what!r}") from error
         if places := {place for place, _ in gathered} - {what}:
             raise OtherProcessFailed(f"the processes have come apart: one is at {places.pop()!r}, this one at {what!r}")
         return [data for _, data in gathered]
@@ -163,7 +188,7 @@ class Ranks:
         if not self.alone:
             import torch.distributed as dist
 
-            self._in_buckets(tensors, dist.all_reduce)
+            self._in_buckets(tensors, partial(dist.all_reduce, group=self.devices))
 
     @torch.no_grad()
     def add_up_at(self, owners: Sequence[int], tensors: Sequence[Tensor | None]) -> None:
@@ -172,7 +197,7 @@ class Ranks:
             import torch.distributed as dist
 
             for owner, theirs in self._by_owner(owners, tensors):
-                self._in_buckets(theirs, partial(dist.reduce, dst=owner))
+                self._in_buckets(theirs, partial(dist.reduce, dst=owner, group=self.devices))
 
     @torch.no_grad()
     def copy_from(self, owners: Sequence[int], tensors: Sequence[Tensor]) -> None:
@@ -181,11 +206,16 @@ class Ranks:
             import torch.distributed as dist
 
             for owner, theirs in self._by_owner(owners, tensors):
-                self._in_buckets(theirs, partial(dist.broadcast, src=owner))
+                self._in_buckets(theirs, partial(dist.broadcast, src=owner, group=self.devices))
 
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Each tensor becomes the first process's, in place."""
         self.copy_from([0] * len(tensors), tensors)
+
+    def make_alike(self, policy: Any) -> None:
+        """A policy's weights become the first process's; where one finds that prompts cannot be shared, none does."""
+        self.copy_from_first([*policy.model.parameters(), *policy.model.buffers()])
+        policy.unshared = next(filter(None, self.gather("sharing", policy.unshared)), None)
 
     def _by_owner(self, owners: Sequence[int], tensors: Sequence[Tensor | None]) -> Iterator[tuple[int, list[Tensor]]]:
         for owner in range(self.size):
@@ -223,6 +253,10 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         bucket.append(tensor)
     if bucket:
         yield bucket
+
+
+def _size() -> int:
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def _nothing() -> Any:

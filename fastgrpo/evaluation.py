@@ -8,7 +8,7 @@ from typing import Any
 
 from fastgrpo.config import GRPOConfig
 from fastgrpo.distributed import Ranks
-from fastgrpo.records import Prompt, Rollout, Sampling
+from fastgrpo.records import Prompt, Rollout, Sampling, digest
 from fastgrpo.rewards import RewardRunner
 from fastgrpo.rollout import Engine
 from fastgrpo.seeding import derive_seed
@@ -28,6 +28,7 @@ def evaluate(
     and are counted in `eval/failed`.
     """
     ranks = ranks or Ranks()
+    ranks.same("prompts, by eval_dataset or its order", digest(prompts))
     begin, share = ranks.share(prompts, by_first=config.rollouts_by_first)
     sampling = Sampling(
         max_tokens=config.eval_max_completion_length or config.max_completion_length,

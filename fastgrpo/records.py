@@ -36,6 +36,11 @@ class Prompt:
     columns: dict[str, Any] = field(default_factory=dict)
 
 
+def digest(prompts: list[Prompt]) -> str:
+    """Of their tokens, in their order: the same in every process for the same prompts."""
+    return f"{hash(tuple(tuple(p.token_ids) for p in prompts)) % 2**64:016x}"  # of integers: no secret in it
+
+
 @dataclass(slots=True)
 class Rollout:
     """One sampled completion. The engine fills the first part; rewards and advantages the second.

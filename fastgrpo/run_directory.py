@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from fastgrpo.checkpoint import find_checkpoint
 from fastgrpo.config import ConfigError, GRPOConfig, decisive_changes
+from fastgrpo.distributed import Ranks
 from fastgrpo.files import atomic_write
 
 # What a run writes, in the order it is removed: cut short, a removal must not leave checkpoints without a config.
@@ -18,6 +19,8 @@ _OWN = (
     *("checkpoints", "metrics.jsonl", "summary.json", "report.html", "completions", "tensorboard", "failed"),
     *("wandb_run_id", "config.yaml"),
 )
+# Options that of several processes only the first obeys, or each for itself.
+_THE_FIRSTS = ("run_name", "report_to", "log_completions", "disable_progress", "num_threads")
 
 
 class RunDirectory:
@@ -72,6 +75,14 @@ class RunDirectory:
             raise ConfigError(f"overwrite_output_dir would remove the run that resume={resume!r} is to go on from")
         checkpoint = None if afresh else find_checkpoint(self.path, resume)
         return afresh, checkpoint, self.check_origin(checkpoint, options, allow_change=config.allow_config_change)
+
+    def same(self, options: dict[str, Any], ranks: Ranks) -> None:
+        """Raises ConfigError, in all processes, where one has another folder, named by the time, or other options."""
+        first, *others = ranks.gather("options", options | {"output_dir": str(self.path.resolve())})
+        for name, value in first.items():
+            if name not in _THE_FIRSTS and any(other[name] != value for other in others):
+                values = ", ".join(str(of[name]) for of in (first, *others))
+                raise ConfigError(f"the processes of this run have different values of {name}: {values}")
 
     def check(self, options: dict[str, Any], *, restart: bool, overwrite: bool, allow_change: bool) -> bool:
         """May this run be written here? Changes nothing; returns whether an old run must go first.
@@ -148,6 +159,7 @@ class RunDirectory:
         """Drop what was written after `step`: the run goes on from there and writes it again."""
         from fastgrpo.tracking import MetricsWriter
 
+        shutil.rmtree(self.parts, ignore_errors=True)
         MetricsWriter.truncate_after(self.metrics, step)
         for file in self.completions.glob("step-*.parquet"):
             if int(file.stem.removeprefix("step-")) > step:

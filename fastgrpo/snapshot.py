@@ -84,6 +84,7 @@ def write_snapshot(
         contents[name] = _joined([part.optimizers[name] for part in parts])
         for rank in range(1, len(parts)):
             shutil.move(files / f"{name}-{rank}.safetensors", folder)
+    shutil.rmtree(files, ignore_errors=True)
     if updater.critic is not None:
         save_tensors(folder / "critic.safetensors", dict(updater.critic.trainable()))
     if updater.moving_reference is not None:

@@ -81,7 +81,7 @@ class GRPOTrainer:
         self._callback_list = list(callbacks or [])
         self.rewards = RewardRunner(self.task.rewards(self.config), in_threads=self.config.overlap_rewards)
         self.config.loss_config()  # its own checks, before anything is loaded
-        self.ranks = Ranks.join()
+        self.ranks = Ranks.join(cpu=self.config.device == "cpu")
         if not self.ranks.alone and ":" in self.config.device:
             raise ConfigError(
                 f"device={self.config.device!r} is one, and there are {self.ranks.size} processes: leave it out"
@@ -122,30 +122,31 @@ class GRPOTrainer:
                     self._run()
             elif self.ranks.first and not self.config.disable_progress:
                 print(f"finished before, at step {self.state.step}: {self.directory.path}", flush=True)
-        except StopRequested as stop:
-            self._save()
-            self.recorder.message(f"{stop}: saved at step {self.state.step}; the same command goes on from there")
-            raise
         finally:
             self._close()
         return self.state
 
     def _run(self) -> None:
-        self._begin()
-        while not self._done():
-            batch = self.pending or self._collect()  # prompts -> rollouts -> rewards -> advantages
-            metrics = self._update(batch)  # packing -> hidden states -> loss -> gradients -> new weights
-            self._record(metrics, batch)  # metrics, evaluation, checkpoint
-        self._end()
+        try:
+            self._begin()
+            while not self._done():
+                batch = self.pending or self._collect()  # prompts -> rollouts -> rewards -> advantages
+                metrics = self._update(batch)  # packing -> hidden states -> loss -> gradients -> new weights
+                self._record(metrics, batch)  # metrics, evaluation, checkpoint
+            self._end()
+        except StopRequested as stop:
+            self._save()  # while signals are watched: another process may have been asked first, this one be asked yet
+            self.recorder.message(f"{stop}: saved at step {self.state.step}; the same command goes on from there")
+            raise
 
     def _close(self) -> None:
         for name in ("recorder", "collector", "engine", "optimizer", "critic_optimizer"):
             if getattr(self, name, None):
                 getattr(self, name).close()
-        if hasattr(self, "engine"):
-            del self.engine
+        vars(self).pop("engine", None)
         self.rewards.close()
         self.directory.release()
+        self.ranks.interruptible = nullcontext
 
     def evaluate(self) -> dict[str, float]:
         """Sample and score the evaluation prompts with the weights as they are; returns the metrics `eval/...`."""
@@ -285,9 +286,9 @@ class GRPOTrainer:
         """Everything between the call of `train` and the first step. Returns whether there is anything left to do."""
         config = self.config
         options = self.task.options() | config.to_dict()
-        afresh, checkpoint, changed = self.ranks.from_first(
-            "output_dir", lambda: self.directory.look(options, resume, config)
-        )
+        self.directory.same(options, self.ranks)
+        look = lambda: self.directory.look(options, resume, config)  # noqa: E731
+        afresh, checkpoint, changed = self.ranks.from_first("output_dir", look)
         if checkpoint is None:
             self._begin_anew()
         elif self._finished(checkpoint):
@@ -300,7 +301,7 @@ class GRPOTrainer:
             self.reference = Reference(self.policy)
         if config.has_critic:
             self.critic = self.critic or make_critic(self.policy, config, self.task.peft_config)
-            self.ranks.copy_from_first([p for _, p in self.critic.trainable()])
+            self.ranks.make_alike(self.critic.body)
             self.critic_optimizer = Optimizer(self.critic.trainable(), config, self.ranks)
         if config.sync_ref_model and self.policy.is_peft:
             raise ConfigError("sync_ref_model excludes adapters: there the reference is the model without them")
@@ -324,9 +325,8 @@ class GRPOTrainer:
         )
         if not self.ranks.first:
             self.recorder = SilentRecorder(config, self.policy.device)
-        if checkpoint is not None:
-            self.recorder.message(f"going on from {checkpoint}{changed}")
-        for note in (self._engine_choice, *self.updater.notes()):
+        going_on = [] if checkpoint is None else [f"going on from {checkpoint}{changed}"]
+        for note in (*going_on, self._engine_choice, *self.updater.notes()):
             self.recorder.message(note)
         self._mark_boundary()
         return True
@@ -365,7 +365,7 @@ class GRPOTrainer:
     def _load_everywhere(self, model: Any, *, train: bool) -> None:
         """In all processes, with the first one's weights: a factory may not give the same ones everywhere."""
         self.ranks.together("data, model and engine", lambda: self._load(model, train=train))
-        self.ranks.copy_from_first([*self.policy.model.parameters(), *self.policy.model.buffers()])
+        self.ranks.make_alike(self.policy)
 
     def _load(self, model: Any, *, train: bool) -> None:
         """Data first, it is the cheapest to find fault with; then the model, once, the prompts and the engine."""

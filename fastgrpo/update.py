@@ -18,6 +18,7 @@ from fastgrpo.advantages import assign_token_advantages
 from fastgrpo.agreement import check_agreement
 from fastgrpo.config import GRPOConfig
 from fastgrpo.distributed import Ranks
+from fastgrpo.errors import RunError
 from fastgrpo.gpus import gpu_of
 from fastgrpo.loss import policy_loss, value_loss
 from fastgrpo.optim import Optimizer
@@ -247,9 +248,11 @@ class Updater:
     ) -> dict[str, float]:
         """What was computed, and how fast."""
         needed, total = (sum(r.num_tokens + len(r.prompt.token_ids) for r in rs) for rs in (chosen, minibatch))
-        everywhere = self.ranks.gather("micro-batches", [(len(p.input_ids), p.work) for p in packed])
-        sizes = [size for part in everywhere for size, _ in part]
-        work = [cost for part in everywhere for _, cost in part]
+        own = [(len(p.input_ids), p.work, p.members) for p in packed]
+        everywhere = [micro_batch for part in self.ranks.gather("micro-batches", own) for micro_batch in part]
+        sizes, work = [size for size, _, _ in everywhere], [cost for _, cost, _ in everywhere]
+        if sorted(m for *_, members in everywhere for m in members) != list(range(len(chosen))):
+            raise RunError("the processes have cut the batch into different micro-batches: are their machines alike?")
         computed = sum(sizes)
         metrics = {
             "perf/update_time": seconds,

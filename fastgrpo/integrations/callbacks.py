@@ -2,7 +2,7 @@
 
 Events: train begin and end, step begin and end, log, evaluate, save. Of `TrainerControl`, `should_training_stop`,
 `should_evaluate` and `should_save` are obeyed. Events of the inside of a step (gradients, substeps) do not exist here.
-Of several processes each calls its own callbacks; what one of them wishes, all do.
+Of several processes each calls its own callbacks, if it has any; what one of them wishes, all do.
 `args` is a GRPOConfig: callbacks that need TrainingArguments' own fields, such as EarlyStoppingCallback, do not work.
 """
 
@@ -27,6 +27,8 @@ class Callbacks:
         self._ranks = ranks or Ranks()
         first = self._ranks.first
         self.state = TrainerState(is_local_process_zero=first, is_world_process_zero=first)
+        # All must take part in what `fire` gathers, also those whose script gives callbacks to the first alone.
+        self._gathers = not self._ranks.alone and any(self._ranks.gather("callbacks", bool(callbacks)))
         self._args = args
         self._callbacks = [c() if isinstance(c, type) else c for c in callbacks]
         self._given = {"model": policy.model, "processing_class": policy.tokenizer, "optimizer": optimizer}
@@ -46,7 +48,7 @@ class Callbacks:
                 result = handler(self._args, self.state, self.control, **self._given, **details)
                 if result is not None:
                     self.control = result
-        if self._callbacks and not self._ranks.alone:
+        if self._gathers:
             wishes = self._ranks.gather(event, [bool(getattr(self.control, name)) for name in _WISHES])
             for name, everybody in zip(_WISHES, zip(*wishes, strict=True), strict=True):
                 setattr(self.control, name, any(everybody))

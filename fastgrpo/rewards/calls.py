@@ -104,10 +104,10 @@ class CallExecutor:
             # Ctrl-C and the like arrive in the main thread, as exceptions that are no Exception.
             return _outcome_of(call, survived=Exception)
         box: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        device = _cuda_device()
+        device = cuda_device()
 
         def target() -> None:
-            _set_cuda_device(device)
+            set_cuda_device(device)
             # Scorers call sys.exit, and libraries derive their own time-outs from BaseException.
             box.put(_outcome_of(call, survived=BaseException))
 
@@ -173,11 +173,11 @@ class _LoopThread:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self.loop.set_default_executor(_DaemonExecutor())
-        self.thread = threading.Thread(target=self._run, args=(_cuda_device(),), name="reward-loop", daemon=True)
+        self.thread = threading.Thread(target=self._run, args=(cuda_device(),), name="reward-loop", daemon=True)
         self.thread.start()
 
     def _run(self, device: int | None) -> None:
-        _set_cuda_device(device)
+        set_cuda_device(device)
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
 
@@ -217,10 +217,11 @@ class _DaemonExecutor(ThreadPoolExecutor):
         self._tasks.put((future, lambda: fn(*args, **kwargs)))
         if not self._idle.acquire(blocking=False) and self._unstarted > 0:
             self._unstarted -= 1
-            threading.Thread(target=self._work, name="reward-to-thread", daemon=True).start()
+            threading.Thread(target=self._work, args=(cuda_device(),), name="reward-to-thread", daemon=True).start()
         return future
 
-    def _work(self) -> None:
+    def _work(self, device: int | None) -> None:
+        set_cuda_device(device)
         while True:
             future, task = self._tasks.get()
             if future.set_running_or_notify_cancel():
@@ -241,11 +242,12 @@ def _where(thread: threading.Thread) -> str:
     return f"; it is at {place}:\n" + "".join(traceback.format_list(stack)).rstrip()
 
 
-def _cuda_device() -> int | None:
+def cuda_device() -> int | None:
     """The current device is per thread in CUDA: without this a reward on rank 3 would work on GPU 0."""
     return torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
 
-def _set_cuda_device(device: int | None) -> None:
+def set_cuda_device(device: int | None) -> None:
+    """Let this thread work on the GPU that `cuda_device` gave in another one."""
     if device is not None:
         torch.cuda.set_device(device)

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from fastgrpo.records import Rollout
+from fastgrpo.rewards.calls import cuda_device, set_cuda_device
 from fastgrpo.rewards.runner import RewardReport, RewardRunner, merged
 
 _WAITING_AT_ONCE = 32
@@ -23,7 +24,9 @@ class OverlappedScoring:
         self._runner = runner
         self._trainer_state = trainer_state
         waits = all(inspect.iscoroutinefunction(f.fn) for f in runner.functions)
-        self._pool = ThreadPoolExecutor(_WAITING_AT_ONCE if waits else 1, thread_name_prefix="reward-group")
+        self._pool = ThreadPoolExecutor(
+            _WAITING_AT_ONCE if waits else 1, "reward-group", initializer=set_cuda_device, initargs=(cuda_device(),)
+        )
         self._reports: list[Future[RewardReport]] = []
 
     def add(self, group: list[Rollout]) -> None:

@@ -255,10 +255,17 @@ def raise_if_all_failed(rollouts: Sequence[Rollout], failures: Sequence[str]) ->
         raise AllRewardsFailed(f"none of this step's {len(rollouts)} samples has a reward ({'; '.join(failures)})")
 
 
-def merged(reports: Sequence[RewardReport]) -> RewardReport:
-    """The reports on parts of a batch as one: what was logged, averaged over the parts; the statistics left out."""
+def merged(reports: Sequence[RewardReport], sizes: Sequence[int] | None = None) -> RewardReport:
+    """The reports on parts of a batch as one: what was logged, averaged over the parts; the statistics left out.
+
+    sizes: samples of each part, which is its weight; default: all weigh the same.
+    """
     names = dict.fromkeys(name for report in reports for name in report.metrics if not name.startswith("rewards/"))
-    metrics = {n: statistics.fmean(r.metrics[n] for r in reports if n in r.metrics) for n in names}
+    parts = list(zip(reports, [1] * len(reports) if sizes is None else sizes, strict=True))
+    metrics = {}
+    for name in names:
+        logged = [(report.metrics[name], size) for report, size in parts if name in report.metrics]
+        metrics[name] = statistics.fmean([value for value, _ in logged], [size for _, size in logged])
     return RewardReport(metrics, list(dict.fromkeys(line for report in reports for line in report.failures)))
 
 

@@ -221,7 +221,7 @@ class TransformersEngine:
         # The likeliest token is certain where nothing else can be drawn.
         logprobs = [torch.tensor(o.logprobs, dtype=torch.float32) * (sampling.temperature > 0) for o in outputs]
         return [
-            Rollout(prompt, group, ids, logprob[: len(ids)], finished=end is not None, text=text)
+            Rollout(prompt, group, ids, logprob[: len(ids)], end is not None, text, self.version)
             for ids, logprob, end, text in zip(tokens, logprobs, ends, texts, strict=True)
         ]
 

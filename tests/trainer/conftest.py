@@ -1,13 +1,14 @@
 """Set-up of all trainer tests: one thread (tiny models get slower with more), a tiny model.
 
 Fixtures: `helpers` (the module helpers.py), `tiny_tokenizer`, `tiny_model_dir` (tied embeddings),
-`tiny_untied_model_dir`. The folders are shared by all tests: copy before you write.
+`tiny_untied_model_dir`, `runs` (of several processes). The folders are shared by all tests: copy before you write.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,3 +43,12 @@ def tiny_model_dir(helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def tiny_untied_model_dir(helpers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return helpers.save_model_dir(tmp_path_factory.mktemp("tiny-untied"), tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="session")
+def runs() -> Iterator[Any]:
+    from distributed_runs import Runs
+
+    started = Runs()
+    yield started
+    started.close()

@@ -13,8 +13,11 @@ import json
 import os
 import pickle
 import signal
+import socket
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import killed_run
@@ -25,7 +28,7 @@ import yaml
 
 def digits(completions: list[str], log_metric: Any, **_: Any) -> list[float]:
     """The share of digits, which depends on nothing but the completion."""
-    log_metric("longest", max(map(len, completions)))
+    log_metric("length", sum(map(len, completions)) / len(completions))
     return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
 
 
@@ -53,6 +56,14 @@ def rows_by_rank() -> Any:
     return Dataset.from_list([{"prompt": f"{i}=", "answer": "1"} for i in range(3 + int(os.environ["RANK"]))])
 
 
+def rows_in_another_order() -> Any:
+    """As many rows in each process, and others come first."""
+    from datasets import Dataset
+
+    order = reversed(range(9)) if os.environ["RANK"] == "1" else range(9)
+    return Dataset.from_list([{"prompt": f"{i}=", "answer": "1"} for i in order])
+
+
 class Early:
     """A callback that in the second process alone asks for an end after step 3."""
 
@@ -64,7 +75,7 @@ class Early:
 def probe_values(folder: Path) -> None:
     """What `Ranks` does with values on the host."""
     from fastgrpo.distributed import Ranks
-    from fastgrpo.errors import OtherProcessFailed
+    from fastgrpo.errors import OtherProcessFailed, RunError
     from fastgrpo.signals import StopRequested
 
     ranks = Ranks.join()
@@ -91,6 +102,10 @@ def probe_values(folder: Path) -> None:
 
     with pytest.raises(StopRequested, match="SIGTERM"):
         ranks.together("stops", stops)
+    ranks.same("sizes", ranks.size)
+    with pytest.raises(RunError, match="different numbers: 0, 1, 2") as unlike:
+        ranks.same("numbers", ranks.rank)
+    assert ranks.known is unlike.value  # so that a run saves what it has
     # What cannot be pickled is a failure like any other, and nobody waits for it.
     with pytest.raises((pickle.PicklingError, AttributeError) if ranks.first else OtherProcessFailed):
         ranks.together("pickles", lambda: (lambda: None) if ranks.first else None)
@@ -138,17 +153,132 @@ def probe_tensors(folder: Path) -> None:
     ranks.leave()
 
 
-def probe_callback(folder: Path) -> None:
-    """A run from Python, with a callback."""
+def probe_end(folder: Path) -> None:
+    """`leave` waits for all; and who waits for a process that is gone hears of it."""
+    from fastgrpo.distributed import Ranks
+    from fastgrpo.errors import OtherProcessFailed
+
+    ranks = Ranks.join()
+    if ranks.first:
+        time.sleep(0.3)
+        (folder / "the last one's last act").touch()
+    ranks.leave()
+    assert (folder / "the last one's last act").exists()
+    os.environ["MASTER_PORT"] = (folder / "port").read_text()
+    ranks = Ranks.join()
+    if ranks.rank == 2:
+        os._exit(0)
+    with pytest.raises(OtherProcessFailed, match="another process has ended; this one waited for it at 'numbers'"):
+        ranks.gather("numbers", 1)
+    ranks.leave()  # it has ended, so there is nobody to wait for
+
+
+def probe_gpus(folder: Path) -> None:
+    """Which GPU each takes; fakes stand in for CUDA and NCCL."""
+    import torch.distributed as dist
+
+    from fastgrpo.distributed import Ranks
+    from fastgrpo.errors import RunError
+
+    make, taken = dist.new_group, []
+    dist.new_group = lambda backend, timeout: make(backend="gloo", timeout=timeout)
+    dist.init_process_group("gloo")  # as a script may have done
+    torch.cuda.is_available = lambda: True
+    torch.cuda.set_device = taken.append  # type: ignore[assignment]
+    torch.cuda.current_device = lambda: taken[-1]
+    rank = dist.get_rank()
+    assert Ranks.join(cpu=True).size == 3
+    assert taken == []
+
+    def see(*names: str) -> None:
+        torch.cuda.device_count = lambda: len(names)
+        torch.cuda.get_device_properties = lambda i: SimpleNamespace(uuid=names[i])  # type: ignore[assignment]
+
+    see("a", "b", "c", "d")
+    os.environ |= {"WORLD_SIZE": "", "LOCAL_RANK": ""}
+    for _ in range(2):  # where no launcher says so, too
+        assert Ranks.join().rank == rank
+        os.environ.pop("RANK", None)
+    assert taken == [rank, rank]
+    see("abc"[rank])  # each sees its own alone
+    assert Ranks.join().size == 3
+    assert taken[-1] == 0
+    see("a", "b")
+    with pytest.raises(RunError, match="3 processes for 2 GPUs: each needs one of its own"):
+        Ranks.join()
+    if rank == 1:
+        socket.gethostname = lambda: "elsewhere"
+    os.environ.pop("LOCAL_WORLD_SIZE")
+    with pytest.raises(RunError, match="3 processes on several machines"):
+        Ranks.join()
+
+
+def _trainer(folder: Path, callbacks: Any = None, **changed: Any) -> Any:
     from fastgrpo import GRPOConfig, GRPOTrainer
 
-    options = yaml.safe_load((folder / "config.yaml").read_text())
+    options = yaml.safe_load((folder / "config.yaml").read_text()) | changed
     names = ("model", "train_dataset", "eval_dataset", "reward_funcs")
     task = {name: options.pop(name) for name in names}
-    trainer = GRPOTrainer(args=GRPOConfig(**options), callbacks=[Early], **task)
-    state = trainer.train()
-    assert state.step == 3
+    return GRPOTrainer(args=GRPOConfig(**options), callbacks=callbacks, **task)
+
+
+def probe_callback(folder: Path) -> None:
+    """A run from Python, with a callback."""
+    trainer = _trainer(folder, [Early])
+    assert trainer.train().step == 3
     trainer.ranks.leave()
+
+
+def probe_script(folder: Path) -> None:
+    """What scripts do: callbacks for the first process alone, names of its own in each, an evaluation after a stop."""
+    from fastgrpo.config import ConfigError
+    from fastgrpo.signals import StopRequested
+
+    rank = int(os.environ["RANK"])
+    with pytest.raises(ConfigError, match=r"different values of output_dir: .*/run-0, .*/run-1"):
+        _trainer(folder, output_dir=str(folder / f"run-{rank}")).train()
+    assert not (folder / f"run-{rank}").exists()
+    with pytest.raises(ConfigError, match="different values of eval_steps: 3, 4"):
+        _trainer(folder, eval_steps=3 + rank).train()
+    trainer = _trainer(folder, [Stopped] if rank == 0 else [], run_name=f"run-{rank}")
+    with pytest.raises(StopRequested):
+        trainer.train()
+    assert 0 <= trainer.evaluate()["eval/reward"] <= 1
+    trainer.ranks.leave()
+
+
+class Stopped:
+    """A callback whose process is asked to stop."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def probe_asked_later(folder: Path) -> None:
+    """The second process is asked to stop when the first one's request has it saving already."""
+    from fastgrpo import trainer as module
+    from fastgrpo.signals import StopRequested
+
+    trainer = _trainer(folder, [Stopped] if os.environ["RANK"] == "0" else [], save_steps=0)
+    if os.environ["RANK"] == "1":
+        write = module.write_part
+
+        def asked(*args: Any, **options: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return write(*args, **options)
+
+        module.write_part = asked
+    with pytest.raises(StopRequested):
+        trainer.train()
+    trainer.ranks.leave()
+
+
+def probe_eval(folder: Path) -> None:
+    """The command `eval`."""
+    from fastgrpo.cli import main
+
+    assert main(["eval", str(folder / "config.yaml")]) == 0
 
 
 def _note_weights(folder: Path) -> None:
@@ -180,6 +310,8 @@ def _serve_by_loop(rank: int) -> None:
 
 def _disturb(what: str) -> None:
     """Faults of the second process alone."""
+    from fastgrpo import packing
+    from fastgrpo.policy import Policy
     from fastgrpo.rollout.loop import LoopEngine
     from fastgrpo.trainer import GRPOTrainer
 
@@ -193,6 +325,17 @@ def _disturb(what: str) -> None:
                     parameter += 1e-3
 
         GRPOTrainer._begin = moved  # type: ignore[method-assign]
+    elif what == "sharing":
+        check = Policy.self_check
+
+        def refuse(self: Policy, **options: Any) -> None:
+            check(self, **options)
+            self.unshared = "this machine says so"
+
+        Policy.self_check = refuse  # type: ignore[method-assign, assignment]
+    elif what == "selection":
+        select = packing.select
+        packing.select = lambda rollouts, **options: select(rollouts, **options)[1:]
     elif what == "engine":
         LoopEngine.generate = lambda *_, **__: 1 / 0  # type: ignore[method-assign, assignment]
 

@@ -2,142 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
+from distributed_runs import ENVIRONMENT, Runs, assert_alike, assert_same_run, config_of, lines
 
 from fastgrpo import packing
 from fastgrpo.distributed import Ranks
 from fastgrpo.records import Prompt, Rollout
 
-_SCRIPT = Path(__file__).with_name("distributed_run.py")
-_PATH = os.pathsep.join(filter(None, [str(_SCRIPT.parent), os.environ.get("PYTHONPATH")]))
-_ENVIRONMENT = {**os.environ, "PYTHONPATH": _PATH, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
 pytestmark = pytest.mark.timeout(600)
-
-
-class Runs:
-    """Starts runs of several processes, one run at a time."""
-
-    def __init__(self) -> None:
-        self._server = subprocess.Popen(
-            [sys.executable, str(_SCRIPT)], env=_ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def start(self, folder: Path, processes: int = 2, **request: Any) -> list[int]:
-        """The process ids, by rank."""
-        self.log = folder / "output"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            request |= {"port": free.getsockname()[1], "log": str(self.log), "processes": processes}
-        assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        return self._read()
-
-    def end(self) -> tuple[list[int], list[str]]:
-        """Wait for their end; exit codes and outputs, by rank."""
-        codes = self._read()
-        return codes, [Path(f"{self.log}-{rank}").read_text() for rank in range(len(codes))]
-
-    def run(self, folder: Path, processes: int = 2, **request: Any) -> tuple[list[int], list[str]]:
-        self.start(folder, processes, **request)
-        return self.end()
-
-    def train(self, config: Path, processes: int = 2) -> list[str]:
-        codes, outputs = self.run(config.parent, processes, config=str(config))
-        assert codes == [0] * processes, outputs
-        return outputs
-
-    def _read(self) -> list[int]:
-        assert self._server.stdout is not None
-        return list(json.loads(self._server.stdout.readline()))
-
-    def close(self) -> None:
-        self._server.kill()
-        self._server.communicate()
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    started = Runs()
-    yield started
-    started.close()
-
-
-def _config(folder: Path, model: Path, **options: Any) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = folder / "rows.jsonl"
-    problems = [(a, b) for a in range(5) for b in range(5)]
-    rows.write_text("".join(json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a, b in problems))
-    config = {
-        "model": str(model),
-        "train_dataset": str(rows),
-        "eval_dataset": str(rows),
-        "reward_funcs": ["distributed_run:digits"],
-        "output_dir": str(folder / "run"),
-        "max_steps": 6,
-        "num_prompts_per_step": 5,
-        "num_generations": 4,
-        "max_completion_length": 6,
-        "learning_rate": 1e-3,
-        "eval_steps": 3,
-        "eval_max_prompts": 5,
-        "save_steps": 2,
-        "report_to": [],
-        "num_threads": 1,
-        **options,
-    }
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    text = (folder / "run" / "metrics.jsonl").read_text()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in text.splitlines()]
-
-
-def _weights(folder: Path, file: str = "model/model.safetensors", step: int = 6) -> dict[str, torch.Tensor]:
-    return load_file(folder / "run" / "checkpoints" / f"step-{step:08d}" / file)
-
-
-def _assert_alike(one: Path, several: Path) -> None:
-    """The same run but for rounding: every figure, and the weights."""
-    mine, theirs = _lines(one), _lines(several)
-    assert [line["step"] for line in mine] == [line["step"] for line in theirs]
-    for a, b in zip(mine, theirs, strict=True):
-        assert a.keys() == b.keys()
-        for name, value in a.items():
-            if value is None or b[name] is None:
-                assert value is b[name], name
-            else:
-                assert math.isclose(value, b[name], rel_tol=2e-4, abs_tol=2e-5), (a["step"], name, value, b[name])
-    file = "model/model.safetensors"
-    if not (one / "run" / "checkpoints" / "step-00000006" / file).exists():
-        file = "model/adapter_model.safetensors"
-    for name, tensor in _weights(one, file).items():
-        torch.testing.assert_close(_weights(several, file)[name], tensor, rtol=1e-4, atol=2e-5)
-
-
-def _assert_same_run(a: Path, b: Path) -> None:
-    assert _lines(a) == _lines(b)
-    mine, theirs = _weights(a), _weights(b)
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 _VARIANTS: dict[str, dict[str, Any]] = {
@@ -157,9 +38,9 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", _VARIANTS.values(), ids=_VARIANTS.keys())
 def test_two_processes_are_one_run(options: dict[str, Any], runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
-    runs.train(_config(tmp_path / "one", tiny_model_dir, **options), 1)
-    outputs = runs.train(_config(tmp_path / "two", tiny_model_dir, **options), 2)
-    _assert_alike(tmp_path / "one", tmp_path / "two")
+    runs.train(config_of(tmp_path / "one", tiny_model_dir, **options), 1)
+    outputs = runs.train(config_of(tmp_path / "two", tiny_model_dir, **options), 2)
+    assert_alike(tmp_path / "one", tmp_path / "two")
     assert (tmp_path / "two" / "weights-0").read_text() == (tmp_path / "two" / "weights-1").read_text()
     assert "step" not in outputs[1]  # one of them speaks
     assert "step 6/6" in outputs[0]
@@ -174,7 +55,7 @@ def whole(runs: Runs, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def _noisy(folder: Path, model: Path) -> Path:
-    return _config(folder, model, reward_funcs=["killed_run:reward"], num_iterations=2, beta=0.05, dtype="bfloat16")
+    return config_of(folder, model, reward_funcs=["killed_run:reward"], num_iterations=2, beta=0.05, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -187,7 +68,7 @@ def test_killed_and_resumed_it_is_bitwise_the_same_run(
         assert codes[rank] == -signal.SIGKILL
         assert codes[1 - rank] not in (0, -signal.SIGKILL)
     runs.train(config)
-    _assert_same_run(whole, tmp_path)
+    assert_same_run(whole, tmp_path)
 
 
 @pytest.mark.parametrize("asked", [[0, 1], [0], [1]])
@@ -204,24 +85,24 @@ def test_asked_to_stop_they_all_save_and_go_on_as_if_nothing_had_been(
         os.kill(pids[rank], signal.SIGTERM)
     codes, outputs = runs.end()
     assert codes == [128 + signal.SIGTERM] * 2, outputs
-    done = _lines(tmp_path)[-1]["step"]
+    done = lines(tmp_path)[-1]["step"]
     assert f"stopped by SIGTERM: saved at step {done}" in outputs[0]
     assert done < 6
     runs.train(config)
-    _assert_same_run(whole, tmp_path)
+    assert_same_run(whole, tmp_path)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
-    runs.train(_config(tmp_path / "whole", tiny_model_dir, eval_on_end=False), 1)
+    runs.train(config_of(tmp_path / "whole", tiny_model_dir, eval_on_end=False), 1)
     for steps, processes in [(2, 2), (4, 3), (6, 1)]:
-        runs.train(_config(tmp_path / "changed", tiny_model_dir, eval_on_end=False, max_steps=steps), processes)
-    _assert_alike(tmp_path / "whole", tmp_path / "changed")
+        runs.train(config_of(tmp_path / "changed", tiny_model_dir, eval_on_end=False, max_steps=steps), processes)
+    assert_alike(tmp_path / "whole", tmp_path / "changed")
 
 
 def test_what_one_callback_wishes_all_do(runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
-    codes, outputs = runs.run(tmp_path, config=str(_config(tmp_path, tiny_model_dir)), probe="probe_callback")
+    codes, outputs = runs.run(tmp_path, config=str(config_of(tmp_path, tiny_model_dir)), probe="probe_callback")
     assert codes == [0, 0], outputs
-    assert _lines(tmp_path)[-1]["step"] == 3
+    assert lines(tmp_path)[-1]["step"] == 3
     assert (tmp_path / "run" / "checkpoints" / "step-00000003" / "manifest.json").exists()
 
 
@@ -230,33 +111,33 @@ _SERVERS: dict[str, Any] = {"rollout_engine": "vllm_server", "vllm_server_urls":
 
 def test_servers_are_the_first_processs(runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
     """It asks for all samples; the update is everybody's."""
-    runs.train(_config(tmp_path / "one", tiny_model_dir, num_minibatches=2), 1)
-    config = _config(tmp_path / "two", tiny_model_dir, num_minibatches=2, **_SERVERS)
+    runs.train(config_of(tmp_path / "one", tiny_model_dir, num_minibatches=2), 1)
+    config = config_of(tmp_path / "two", tiny_model_dir, num_minibatches=2, **_SERVERS)
     codes, outputs = runs.run(tmp_path / "two", config=str(config), server=True)
     assert codes == [0, 0], outputs
-    _assert_alike(tmp_path / "one", tmp_path / "two")
+    assert_alike(tmp_path / "one", tmp_path / "two")
 
 
 def test_rollouts_ahead(runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
     options = {**_SERVERS, "async_rollouts": True, "sampling_correction": "token_truncate"}
-    codes, outputs = runs.run(tmp_path, config=str(_config(tmp_path, tiny_model_dir, **options)), server=True)
+    codes, outputs = runs.run(tmp_path, config=str(config_of(tmp_path, tiny_model_dir, **options)), server=True)
     assert codes == [0, 0], outputs
-    assert [line["step"] for line in _lines(tmp_path)] == list(range(7))
+    assert [line["step"] for line in lines(tmp_path)] == list(range(7))
 
 
 def test_more_processes_than_prompts(runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
     """One has nothing to sample, and its share of the work all the same."""
     options = {"num_prompts_per_step": 1, "num_generations": 8, "eval_max_prompts": 1}
-    runs.train(_config(tmp_path / "one", tiny_model_dir, **options), 1)
-    runs.train(_config(tmp_path / "two", tiny_model_dir, **options), 2)
-    _assert_alike(tmp_path / "one", tmp_path / "two")
+    runs.train(config_of(tmp_path / "one", tiny_model_dir, **options), 1)
+    runs.train(config_of(tmp_path / "two", tiny_model_dir, **options), 2)
+    assert_alike(tmp_path / "one", tmp_path / "two")
 
 
 class TestFaults:
     """What goes wrong in one process ends all of them, or none, and is said."""
 
     def test_rewards_that_fail_in_one_process(self, runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
-        config = _config(
+        config = config_of(
             tmp_path,
             tiny_model_dir,
             reward_funcs=["distributed_run:digits_or_nothing"],
@@ -264,10 +145,10 @@ class TestFaults:
             eval_steps=0,
         )
         runs.train(config)
-        assert {line["rewards/digits_or_nothing/failed"] for line in _lines(tmp_path)} == {12.0}  # 3 of 5 prompts
+        assert {line["rewards/digits_or_nothing/failed"] for line in lines(tmp_path)} == {12.0}  # 3 of 5 prompts
 
     def test_all_rewards_fail(self, runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
-        config = _config(
+        config = config_of(
             tmp_path,
             tiny_model_dir,
             reward_funcs=["distributed_run:nothing"],
@@ -281,13 +162,13 @@ class TestFaults:
         assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").exists()  # kept all the same
 
     def test_an_engine_that_fails(self, runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
-        codes, outputs = runs.run(tmp_path, config=str(_config(tmp_path, tiny_model_dir)), fault="engine")
+        codes, outputs = runs.run(tmp_path, config=str(config_of(tmp_path, tiny_model_dir)), fault="engine")
         assert codes == [2, 1]
         assert "fastgrpo: error: process 1 failed: ZeroDivisionError" in outputs[0]
         assert "ZeroDivisionError" in outputs[1]
 
     def test_one_of_them_speaks_where_all_fail(self, runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
-        codes, outputs = runs.run(tmp_path, config=str(_config(tmp_path, tmp_path / "no-model")))
+        codes, outputs = runs.run(tmp_path, config=str(config_of(tmp_path, tmp_path / "no-model")))
         assert codes == [2, 2]
         assert "no-model': no such folder" in outputs[0]
         assert "error" not in outputs[1]
@@ -295,41 +176,34 @@ class TestFaults:
     def test_weights_that_change_in_one_process_are_set_right_by_the_next_step(
         self, runs: Runs, tiny_model_dir: Path, tmp_path: Path
     ) -> None:
-        config = _config(tmp_path, tiny_model_dir, check_sampling=False)
+        config = config_of(tmp_path, tiny_model_dir, check_sampling=False)
         codes, outputs = runs.run(tmp_path, config=str(config), fault="drift")
         assert codes == [0, 0], outputs
         assert (tmp_path / "weights-0").read_text() == (tmp_path / "weights-1").read_text()
 
     def test_data_that_differ(self, runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
-        config = _config(tmp_path, tiny_model_dir, train_dataset="distributed_run:rows_by_rank")
+        config = config_of(tmp_path, tiny_model_dir, train_dataset="distributed_run:rows_by_rank")
         codes, outputs = runs.run(tmp_path, config=str(config))
         assert codes == [2, 2]
         assert "different numbers of rows in train_dataset: 3, 4" in outputs[0]
 
     def test_a_folder_in_use(self, runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
-        config = _config(tmp_path, tiny_model_dir)
+        config = config_of(tmp_path, tiny_model_dir)
         (tmp_path / "run").write_text("a file")
         codes, outputs = runs.run(tmp_path, config=str(config))
         assert codes == [2, 2]
         assert "is a file" in outputs[0]
 
     def test_one_device(self, runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
-        codes, outputs = runs.run(tmp_path, config=str(_config(tmp_path, tiny_model_dir, device="cpu:0")))
+        codes, outputs = runs.run(tmp_path, config=str(config_of(tmp_path, tiny_model_dir, device="cpu:0")))
         assert codes == [2, 2]
         assert "device='cpu:0' is one, and there are 2 processes" in outputs[0]
         assert outputs[1] == ""
 
     def test_engines_of_one_process(self, runs: Runs, tiny_model_dir: Path, tmp_path: Path) -> None:
-        codes, outputs = runs.run(tmp_path, config=str(_config(tmp_path, tiny_model_dir, rollout_engine="vllm")))
+        codes, outputs = runs.run(tmp_path, config=str(config_of(tmp_path, tiny_model_dir, rollout_engine="vllm")))
         assert codes == [2, 2]
         assert "rollout_engine='vllm' is for runs of one process" in outputs[0]
-
-
-@pytest.mark.parametrize("probe", ["probe_values", "probe_tensors"])
-def test_ranks(probe: str, runs: Runs, tmp_path: Path) -> None:
-    codes, outputs = runs.run(tmp_path, 3, probe=probe)
-    assert codes == [0, 0, 0], outputs
-    assert sorted(p.name for p in tmp_path.glob("passed-*")) == ["passed-0", "passed-1", "passed-2"]
 
 
 def test_alone_nothing_is_divided() -> None:
@@ -346,9 +220,9 @@ def test_alone_nothing_is_divided() -> None:
 
 def test_torchrun(tiny_model_dir: Path, tmp_path: Path) -> None:
     """The command of the README."""
-    config = _config(tmp_path, tiny_model_dir, max_steps=2)
+    config = config_of(tmp_path, tiny_model_dir, max_steps=2)
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fastgrpo", "train", str(config)]
-    done = subprocess.run([sys.executable, *command], env=_ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *command], env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 2/2") == 1
     assert (tmp_path / "run" / "report.html").exists()

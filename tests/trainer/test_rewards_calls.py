@@ -14,6 +14,8 @@ import time
 import pytest
 import torch
 
+from fastgrpo.records import Prompt, Rollout
+from fastgrpo.rewards import OverlappedScoring, RewardFunction, RewardRunner
 from fastgrpo.rewards.calls import Call, CallExecutor, CallTimeout
 
 
@@ -316,6 +318,15 @@ def test_the_cuda_device_follows_into_the_threads(executor, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(current, "device", device))
 
     async def on_loop():
-        return torch.cuda.current_device()
+        return torch.cuda.current_device(), await asyncio.to_thread(torch.cuda.current_device)
 
-    assert [o.value for o in run(executor, lambda: torch.cuda.current_device(), on_loop)] == [3, 3]
+    assert [o.value for o in run(executor, lambda: torch.cuda.current_device(), on_loop)] == [3, (3, 3)]
+
+    def asked(completions, **_):
+        return [float(torch.cuda.current_device()) for _ in completions]
+
+    scoring = OverlappedScoring(RewardRunner([RewardFunction("asked", asked, timeout=5.0)]), None)
+    rollout = Rollout(Prompt(0, "", [1]), 0, [1], torch.zeros(1), finished=True)
+    scoring.add([rollout])
+    scoring.finish()
+    assert rollout.reward == 3

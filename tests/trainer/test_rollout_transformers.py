@@ -304,6 +304,7 @@ def test_groups_are_handed_over_as_they_end(policy: Policy) -> None:
     version = engine.version
     engine.sync(policy)
     assert engine.version == version + 1
+    assert {r.weights_version for r in engine.generate(prompts[:1], 2, Sampling(2))} == {version + 1}
 
 
 def test_sliding_windows(helpers: Any) -> None:

@@ -116,10 +116,9 @@ class Ranks:
 
         by_first: the first process has it all, the others nothing.
         """
-        sizes = (
-            (0, self.size) if by_first and self.first else (self.size,) * 2 if by_first else (self.rank, self.rank + 1)
-        )
-        begin, end = (len(items) * r // self.size for r in sizes)
+        if by_first:
+            return (0, list(items)) if self.first else (len(items), [])
+        begin, end = (len(items) * r // self.size for r in (self.rank, self.rank + 1))
         return begin, list(items[begin:end])
 
     # ----------------------------------------------------------------------------------------- values, on the host

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import pickle
 import random
 import struct
 from collections.abc import Callable
@@ -340,3 +341,20 @@ def test_rollouts_of_another_shape_are_refused(name: str) -> None:
     for wrong in (torch.zeros(3), torch.zeros(2, dtype=torch.float64)):
         with pytest.raises(ValueError, match=rf"rollout 1: {name} is torch.float\d\d \[\d\], expected fp32 \[2\]"):
             pack_rollouts([rollout(), rollout(**{name: wrong})])
+
+
+def test_a_rollout_is_pickled_bit_for_bit() -> None:
+    """As processes send them to one another: -0, NaN with its bits, no tokens, no numbers."""
+    prompt = Prompt(3, "x", [1, 2], {"answer": [1, None]})
+    odd = torch.tensor([-0.0, float("nan"), -1e-45])
+    one = Rollout(prompt, 5, [1, 2, 3], odd, True, rewards={"a": 0.5}, reward=0.5, extra={"b": "c"}, ref_logprob=-odd)
+    none = Rollout(prompt, 6, [], torch.zeros(0), False)
+    back, empty = pickle.loads(pickle.dumps([one, none]))
+    assert back.prompt is empty.prompt
+    for name in ("prompt", "group", "token_ids", "finished", "rewards", "reward", "extra", "old_logprob"):
+        assert getattr(back, name) == getattr(one, name), name
+    for name in ("sampling_logprob", "ref_logprob"):
+        assert torch.equal(getattr(back, name).view(torch.int32), getattr(one, name).view(torch.int32))
+    assert empty.sampling_logprob.shape == (0,)
+    back.sampling_logprob.zero_()  # its own memory
+    assert one.sampling_logprob.isnan().any()

@@ -6,6 +6,7 @@ Options are read and checked before torch is imported. Every expected error is o
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -100,9 +101,12 @@ def _eval(argv: list[str]) -> int:
     trainer = _make_trainer(config)
     metrics = trainer.evaluate()
     trainer.ranks.leave()
+    scored = not math.isnan(metrics["eval/reward"])
     if trainer.ranks.first:
         print(json.dumps({name: value if value == value else None for name, value in metrics.items()}, indent=2))
-    return 0
+        if not scored:
+            print("fastgrpo: error: no sample has a reward, so there is no figure", file=sys.stderr)
+    return 0 if scored else 1
 
 
 def _report(argv: list[str]) -> int:

@@ -180,6 +180,20 @@ def test_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "must hold options" in _error(capsys, ["train", str(bad)])
 
 
+def test_an_evaluation_without_a_reward_is_no_success(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rewards_of_nothing.py").write_text(
+        "def nothing(completions, **_):\n    return [None for _ in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = _write(tmp_path, model=str(tiny_model_dir), eval_dataset=str(tmp_path / "rows.jsonl"), num_threads=1)
+    assert main(["eval", config, "--reward_funcs", "rewards_of_nothing:nothing"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["eval/reward"] is None
+    assert "no sample has a reward" in err
+
+
 def test_train_eval_and_report(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = str(tmp_path / "rows.jsonl")
     config = _write(tmp_path, model=str(tiny_model_dir), eval_dataset=rows, num_threads=1)

@@ -90,7 +90,7 @@ class Collector:
     ) -> tuple[list[Rollout], RewardReport]:
         started = time.perf_counter()
         prompts, state.prompts_drawn = self.source.draw(state.prompts_drawn, count)
-        self.ranks.same("prompts, by train_dataset or its order", digest(prompts))
+        self.ranks.same("prompts, by train_dataset or its order", lambda: digest(prompts))
         begin, share = self.ranks.share(prompts, by_first=self.config.rollouts_by_first)
 
         def stage() -> tuple[list[Rollout], RewardReport, float]:

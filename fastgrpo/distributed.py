@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastgrpo.errors import OtherProcessFailed, RunError
@@ -60,8 +61,6 @@ class Ranks:
         cpu: they work on the CPU, though there be GPUs.
         Raises RunError when two have the same GPU, are on several machines, or cannot find one another.
         """
-        import torch.distributed as dist
-
         if not dist.is_available():
             if _size() == 1:
                 return Ranks()
@@ -95,8 +94,6 @@ class Ranks:
     def leave(self) -> None:
         """Part in peace: when all have ended. A launcher ends the others when one has left with an exit code."""
         if not self.alone:
-            import torch.distributed as dist
-
             with suppress(OtherProcessFailed):  # one that is gone has ended
                 self.gather("the end", None)
             dist.destroy_process_group()
@@ -130,9 +127,11 @@ class Ranks:
         """
         return [value] if self.alone else [pickle.loads(data) for data in self._gather_bytes(what, pickle.dumps(value))]
 
-    def same(self, what: str, value: Any) -> None:
-        """Raises RunError, in every process, where it is not the same in all."""
-        values = self.gather(what, value)
+    def same(self, what: str, find: Callable[[], Any]) -> None:
+        """Raises RunError, in every process, where `find` does not give the same in all."""
+        if self.alone:
+            return
+        values = self.gather(what, find())
         if any(other != values[0] for other in values):
             self.known = RunError(f"the processes of this run have different {what}: {', '.join(map(str, values))}")
             raise self.known
@@ -168,8 +167,6 @@ class Ranks:
         return result
 
     def _gather_bytes(self, what: str, data: bytes) -> list[bytes]:
-        import torch.distributed as dist
-
         gathered: list[Any] = [None] * self.size
         try:
             dist.all_gather_object(gathered, (what, data), group=self.group)
@@ -185,16 +182,12 @@ class Ranks:
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Each tensor becomes the sum of all processes' ones, in place: the same bits everywhere."""
         if not self.alone:
-            import torch.distributed as dist
-
             self._in_buckets(tensors, partial(dist.all_reduce, group=self.devices))
 
     @torch.no_grad()
     def add_up_at(self, owners: Sequence[int], tensors: Sequence[Tensor | None]) -> None:
         """Each tensor becomes the sum of all processes' ones where it is owned; elsewhere what it holds is lost."""
         if not self.alone:
-            import torch.distributed as dist
-
             for owner, theirs in self._by_owner(owners, tensors):
                 self._in_buckets(theirs, partial(dist.reduce, dst=owner, group=self.devices))
 
@@ -202,8 +195,6 @@ class Ranks:
     def copy_from(self, owners: Sequence[int], tensors: Sequence[Tensor]) -> None:
         """Each tensor becomes its owner's, in place."""
         if not self.alone:
-            import torch.distributed as dist
-
             for owner, theirs in self._by_owner(owners, tensors):
                 self._in_buckets(theirs, partial(dist.broadcast, src=owner, group=self.devices))
 

@@ -28,7 +28,7 @@ def evaluate(
     and are counted in `eval/failed`.
     """
     ranks = ranks or Ranks()
-    ranks.same("prompts, by eval_dataset or its order", digest(prompts))
+    ranks.same("prompts, by eval_dataset or its order", lambda: digest(prompts))
     begin, share = ranks.share(prompts, by_first=config.rollouts_by_first)
     sampling = Sampling(
         max_tokens=config.eval_max_completion_length or config.max_completion_length,

@@ -56,8 +56,9 @@ class Optimizer:
         self._owners = owners_of([p.numel() for p in self._parameters], self.ranks.size)
         mine = [owner == self.ranks.rank for owner in self._owners]
         self.names = [name for name, own in zip(self.shapes, mine, strict=True) if own]
-        pairs = zip(self._parameters, mine, strict=True)
-        self._masters = [self._master(p, config.master_weights, own) for p, own in pairs]
+        self._masters = [
+            self._master(p, config.master_weights, own) for p, own in zip(self._parameters, mine, strict=True)
+        ]
         self._own = [(p, master) for p, master, own in zip(self._parameters, self._masters, mine, strict=True) if own]
         matrices = [p for _, p in self._own if p.ndim >= 2]
         vectors = [p for _, p in self._own if p.ndim < 2]
@@ -74,9 +75,10 @@ class Optimizer:
         """What holds the sum of the gradients, and if it is this process's the fp32 weights."""
         if parameter.dtype not in (torch.bfloat16, torch.float16) or not wanted:
             return parameter
-        # Another's is a shape without memory: only its gradient is kept here.
-        none = torch.zeros((), dtype=torch.float32, device=parameter.device).expand(parameter.shape)
-        master = parameter.detach().float().clone() if own else none
+        if own:
+            master = parameter.detach().float().clone()
+        else:  # a shape without memory: only its gradient is kept here
+            master = torch.zeros((), dtype=torch.float32, device=parameter.device).expand(parameter.shape)
 
         def accumulate(p: Tensor) -> None:
             assert master.grad is not None
@@ -137,9 +139,9 @@ class Optimizer:
 
         Of several processes, those of this one's parameters.
         """
-        pairs = [(p, m, owner) for p, m, owner in zip(self._parameters, self._masters, self._owners, strict=True)]
-        kept = enumerate((m, owner) for p, m, owner in pairs if m is not p)
-        return {f"master.{i}": master for i, (master, owner) in kept if owner == self.ranks.rank}
+        everything = zip(self._parameters, self._masters, self._owners, strict=True)
+        kept = [(master, owner) for parameter, master, owner in everything if master is not parameter]
+        return {f"master.{i}": master for i, (master, owner) in enumerate(kept) if owner == self.ranks.rank}
 
     @torch.no_grad()
     def load_masters(self, tensors: dict[str, Any]) -> None:

@@ -57,12 +57,18 @@ class RunDirectory:
             self._lock.close()
             self._lock = None
 
-    def look(self, options: dict[str, Any], resume: str, config: GRPOConfig) -> tuple[bool, Path | None, str]:
+    def enter(
+        self, options: dict[str, Any], resume: str, config: GRPOConfig, ranks: Ranks
+    ) -> tuple[bool, Path | None, str]:
         """Must an old run be removed, and if not, which checkpoint is gone on from, and with which other options?
 
-        Changes nothing. Raises ConfigError as `check`, `find_checkpoint` and `check_origin` do, and while another
-        process is at work here.
+        Changes nothing. Raises ConfigError as `check`, `find_checkpoint` and `check_origin` do, while another run is at
+        work here, and where the processes of this one do not agree.
         """
+        self._check_alike(options, ranks)
+        return ranks.from_first("output_dir", lambda: self._look(options, resume, config))
+
+    def _look(self, options: dict[str, Any], resume: str, config: GRPOConfig) -> tuple[bool, Path | None, str]:
         if self.path.is_dir():
             self.lock()
         afresh = self.check(
@@ -76,7 +82,7 @@ class RunDirectory:
         checkpoint = None if afresh else find_checkpoint(self.path, resume)
         return afresh, checkpoint, self.check_origin(checkpoint, options, allow_change=config.allow_config_change)
 
-    def same(self, options: dict[str, Any], ranks: Ranks) -> None:
+    def _check_alike(self, options: dict[str, Any], ranks: Ranks) -> None:
         """Raises ConfigError, in all processes, where one has another folder, named by the time, or other options."""
         first, *others = ranks.gather("options", options | {"output_dir": str(self.path.resolve())})
         for name, value in first.items():

@@ -158,7 +158,8 @@ def _read_optimizer(folder: Path, name: str, optimizer: Optimizer, contents: dic
     """Of all processes' files what this one's parameters need: there may have been another number of processes."""
     meta = contents[name]
     check_optimizer(meta, optimizer.torch_optimizer, optimizer.shapes)
-    masters, own = optimizer.masters(), {*optimizer.names, *(f"group/{i}" for i in range(2))}
+    groups = {f"group/{i}" for i in range(len(optimizer.torch_optimizer.param_groups))}
+    masters, own = optimizer.masters(), groups.union(optimizer.names)
 
     def mine(key: str) -> bool:
         return key in masters or key.rpartition("/")[0] in own

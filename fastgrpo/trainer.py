@@ -286,15 +286,13 @@ class GRPOTrainer:
         """Everything between the call of `train` and the first step. Returns whether there is anything left to do."""
         config = self.config
         options = self.task.options() | config.to_dict()
-        self.directory.same(options, self.ranks)
-        look = lambda: self.directory.look(options, resume, config)  # noqa: E731
-        afresh, checkpoint, changed = self.ranks.from_first("output_dir", look)
+        afresh, checkpoint, changed = self.directory.enter(options, resume, config, self.ranks)
         if checkpoint is None:
             self._begin_anew()
         elif self._finished(checkpoint):
             return False
         self._load_everywhere(self._where_to_load(checkpoint), train=True)
-        self.ranks.same("numbers of rows in train_dataset", len(self.source))
+        self.ranks.same("numbers of rows in train_dataset", lambda: len(self.source))
         self.ranks.from_first("claim", lambda: self.directory.claim(options, afresh=afresh))
         self.optimizer = Optimizer(self.policy.trainable(), config, self.ranks)
         if config.needs_reference and self.reference is None:

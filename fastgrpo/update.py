@@ -26,8 +26,6 @@ from fastgrpo.policy import Critic, Policy, Reference
 from fastgrpo.records import FOR_CRITIC, FOR_POLICY, Denominators, PackedBatch, Rollout, RolloutBatch, hand_out
 from fastgrpo_kernels import LossOutput
 
-Metrics = dict[str, Tensor]
-
 
 class Updater:
     """Applies the minibatches of rollout batches to the policy and, where there is one, to the critic."""
@@ -155,22 +153,22 @@ class Updater:
         return figures | {"critic/lr": rate, "perf/critic_time": time.perf_counter() - started}, applied
 
     def _apply(
-        self, optimizer: Optimizer, rate: float, outputs: Sequence[LossOutput | Metrics], norm_name: str
+        self, optimizer: Optimizer, rate: float, outputs: Sequence[LossOutput | dict[str, Tensor]], norm_name: str
     ) -> tuple[dict[str, float], bool]:
         """One optimizer step with the gradients of all processes; the outputs' figures over all, and was it applied."""
-        norm = {norm_name: optimizer.norm().double()}
-        if not self.ranks.alone:
-            outputs = self._everywhere(LossOutput.combine(outputs))
+        outputs = [*outputs, {norm_name: optimizer.norm().double()}]
         # The one wait of the step: until here the host runs ahead of the device.
-        figures = LossOutput.reduce([*outputs, norm])
+        figures = LossOutput.reduce(outputs) if self.ranks.alone else self._everywhere(outputs, norm_name)
         return figures, optimizer.step(rate, figures[norm_name])
 
-    def _everywhere(self, own: Metrics) -> list[Metrics]:
-        """The figures of every process, on this one's device."""
-        values = torch.stack(list(own.values())).tolist() if own else []
+    def _everywhere(self, outputs: Sequence[LossOutput | dict[str, Tensor]], norm_name: str) -> dict[str, float]:
+        """The figures over all processes; the norm is the same in each."""
+        own = LossOutput.combine(outputs)
+        values = torch.stack(list(own.values())).tolist()
         parts = self.ranks.gather("figures", dict(zip(own, values, strict=True)))
-        device = self.policy.device
-        return [{k: torch.tensor(x, dtype=torch.float64, device=device) for k, x in part.items()} for part in parts]
+        norm = [part.pop(norm_name) for part in parts]
+        sums = [{name: torch.tensor(x, dtype=torch.float64) for name, x in part.items()} for part in parts]
+        return LossOutput.reduce(sums) | {norm_name: norm[0]}
 
     def _hand_out(self, values: list[tuple[PackedBatch, Tensor]], rollouts: list[Rollout], name: str) -> None:
         """Hand each micro-batch's [N] values back to the completions they belong to, on the CPU, in one transfer."""

@@ -161,10 +161,8 @@ class MemoryPlanner:
             models["reference"] = ModelBytes(0 if shape.adapters else e * shape.everything.numbers)
         if self.critic:  # copies of what trains, and an fp32 value head; frozen weights are the policy's
             body = shape.adapters or shape.decoder
-            own, head = (
-                self._trained(body),
-                self._trained(Count((shape.config.hidden_size, 1)), masters=False, fp32=True),
-            )
+            own = self._trained(body)
+            head = self._trained(Count((shape.config.hidden_size, 1)), masters=False, fp32=True)
             models["critic"] = ModelBytes(
                 (_FLOAT if shape.adapters else e) * body.numbers + own.weights + head.gradients,
                 own.gradients + head.gradients,

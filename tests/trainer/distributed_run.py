@@ -102,9 +102,9 @@ def probe_values(folder: Path) -> None:
 
     with pytest.raises(StopRequested, match="SIGTERM"):
         ranks.together("stops", stops)
-    ranks.same("sizes", ranks.size)
+    ranks.same("sizes", lambda: ranks.size)
     with pytest.raises(RunError, match="different numbers: 0, 1, 2") as unlike:
-        ranks.same("numbers", ranks.rank)
+        ranks.same("numbers", lambda: ranks.rank)
     assert ranks.known is unlike.value  # so that a run saves what it has
     # What cannot be pickled is a failure like any other, and nobody waits for it.
     with pytest.raises((pickle.PicklingError, AttributeError) if ranks.first else OtherProcessFailed):

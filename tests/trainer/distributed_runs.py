@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import runs
 import torch
-import yaml
+from runs import read_lines, timeless, write_config
 from safetensors.torch import load_file
 
 _SCRIPT = Path(__file__).with_name("distributed_run.py")
@@ -63,36 +64,12 @@ class Runs:
 
 
 def config_of(folder: Path, model: Path, **options: Any) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = folder / "rows.jsonl"
-    problems = [(a, b) for a in range(5) for b in range(5)]
-    rows.write_text("".join(json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a, b in problems))
-    config = {
-        "model": str(model),
-        "train_dataset": str(rows),
-        "eval_dataset": str(rows),
-        "reward_funcs": ["distributed_run:digits"],
-        "output_dir": str(folder / "run"),
-        "max_steps": 6,
-        "num_prompts_per_step": 5,
-        "num_generations": 4,
-        "max_completion_length": 6,
-        "learning_rate": 1e-3,
-        "eval_steps": 3,
-        "eval_max_prompts": 5,
-        "save_steps": 2,
-        "report_to": [],
-        "num_threads": 1,
-        **options,
-    }
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
+    steps = {"max_steps": 6, "num_prompts_per_step": 5, "eval_max_prompts": 5}
+    return write_config(folder, model, **{"reward_funcs": ["distributed_run:digits"], **steps, **options})
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    text = (folder / "run" / "metrics.jsonl").read_text()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in text.splitlines()]
+    return timeless(read_lines(folder))
 
 
 def weights(folder: Path, file: str = "model/model.safetensors", step: int = 6) -> dict[str, torch.Tensor]:
@@ -118,7 +95,5 @@ def assert_alike(one: Path, several: Path) -> None:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    assert lines(a) == lines(b)
+    runs.assert_same_run(a, b, step=6)
     assert not (b / "run" / ".parts").exists()
-    mine, theirs = weights(a), weights(b)
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)

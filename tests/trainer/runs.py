@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from fastgrpo import GRPOConfig, GRPOTrainer
@@ -37,6 +38,31 @@ def make_trainer(model: Any, folder: Path, reward: Any = digits, **options: Any)
     }
     model = str(model) if isinstance(model, Path) else model
     return GRPOTrainer(model, reward, GRPOConfig(**{**base, **options}), **{"train_dataset": ROWS, **given})
+
+
+def write_config(folder: Path, model: Path, **options: Any) -> Path:
+    """A config file for the command, beside its 25 problems; the run goes into `folder / "run"`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = folder / "rows.jsonl"
+    problems = [(a, b) for a in range(5) for b in range(5)]
+    rows.write_text("".join(json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a, b in problems))
+    config = {
+        "model": str(model),
+        "train_dataset": str(rows),
+        "eval_dataset": str(rows),
+        "output_dir": str(folder / "run"),
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "learning_rate": 1e-3,
+        "eval_steps": 3,
+        "save_steps": 2,
+        "report_to": [],
+        "num_threads": 1,
+        **options,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:

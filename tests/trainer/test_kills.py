@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
-from safetensors.torch import load_file
+from runs import assert_same_run, read_lines, timeless, write_config
 
 _SCRIPT = Path(__file__).with_name("killed_run.py")
 _PATH = os.pathsep.join(filter(None, [str(_SCRIPT.parent), os.environ.get("PYTHONPATH")]))
@@ -67,49 +65,16 @@ def runs() -> Iterator[Runs]:
 
 
 def _config(folder: Path, model: Path, **options: Any) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = folder / "rows.jsonl"
-    problems = [(a, b) for a in range(5) for b in range(5)]
-    rows.write_text("".join(json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a, b in problems))
-    config = {
-        "model": str(model),
-        "train_dataset": str(rows),
-        "eval_dataset": str(rows),
-        "reward_funcs": ["killed_run:reward"],
-        "output_dir": str(folder / "run"),
-        "max_steps": 8,
-        "num_prompts_per_step": 3,
-        "num_generations": 4,
-        "max_completion_length": 6,
-        "num_iterations": 2,
-        "learning_rate": 1e-3,
-        "beta": 0.05,
-        "eval_steps": 3,
-        "eval_max_prompts": 4,
-        "save_steps": 2,
-        "report_to": [],
-        "num_threads": 1,
-        **options,
-    }
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
+    steps = {"max_steps": 8, "num_prompts_per_step": 3, "num_iterations": 2, "beta": 0.05, "eval_max_prompts": 4}
+    return write_config(folder, model, reward_funcs=["killed_run:reward"], **{**steps, **options})
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
-    text = (folder / "run" / "metrics.jsonl").read_text()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in text.splitlines()]
-
-
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "run" / "checkpoints" / "step-00000008" / "model" / "model.safetensors")
+    return timeless(read_lines(folder))
 
 
 def _assert_same_run(a: Path, b: Path) -> None:
-    assert _lines(a) == _lines(b)
-    mine, theirs = _weights(a), _weights(b)
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert_same_run(a, b, step=8)
 
 
 def _wait_for(file: Path, text: str) -> None:

@@ -105,11 +105,12 @@ def _decode(
 class _Batch:
     """The sequences being decoded.
 
-    cache: keys and values; logits [B, V] of the next token; mask [B, T] or None without padding; position [B] of the
-    next token.
+    cache: keys and values, called cache_name by the forward; logits [B, V] of the next token; mask [B, T] or None
+    without padding; position [B] of the next token.
     """
 
     cache: Any
+    cache_name: str
     logits: Tensor
     mask: Tensor | None
     position: Tensor
@@ -119,7 +120,7 @@ class _Batch:
         """Run the prompts once, padded on the left, and repeat the result for the group."""
         from transformers import DynamicCache
 
-        device = next(model.parameters()).device
+        device, cache_name = next(model.parameters()).device, _cache_name(model)
         lengths = torch.tensor([len(p) for p in prompts])
         longest = int(lengths.max())
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
@@ -132,7 +133,7 @@ class _Batch:
             position_ids=(step - padding).clamp(min=0).to(device),
             use_cache=True,
             logits_to_keep=1,
-            **{_cache_name(model): DynamicCache(config=model.config)},
+            **{cache_name: DynamicCache(config=model.config)},
         )
         cache = _cache_of(output)
         if cache is None or not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
@@ -143,6 +144,7 @@ class _Batch:
         cache.batch_repeat_interleave(n)
         return cls(
             cache=cache,
+            cache_name=cache_name,
             logits=output.logits[:, -1].repeat_interleave(n, 0),
             mask=None if mask is None else mask.repeat_interleave(n, 0),
             position=lengths.to(device).repeat_interleave(n),
@@ -164,7 +166,7 @@ class _Batch:
             position_ids=self.position[:, None],
             use_cache=True,
             logits_to_keep=1,
-            **{_cache_name(model): self.cache},
+            **{self.cache_name: self.cache},
         )
         self.cache, self.logits = _cache_of(output), output.logits[:, -1]
         self.position = self.position + 1
